@@ -1,0 +1,46 @@
+# Everything runs in .venv, built from requirements.lock; only Python 3.11 and make are needed beforehand.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test test-slow lint gates ui clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $(STAMP)
+
+# The main job on the embedded demo model. A gate that fails is a result, not a broken demo: exit codes 1 and 4 are explained, others are errors.
+demo: setup
+	@$(BIN)/quantgate release gates/policies/demo.cpu.yaml; code=$$?; \
+	case $$code in \
+	  0) ;; \
+	  1) echo; echo "The demo ran to its end. At least one gate failed (exit code 1): see the table above for which, and by how much.";; \
+	  4) echo; echo "The demo ran to its end. No gate failed, at least one could not be decided (exit code 4).";; \
+	  *) exit $$code;; \
+	esac
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow" tests
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+gates: setup
+	$(BIN)/python -m pytest gates --quantgate-run $$(ls -dt runs/*/verdicts.json | head -1 | xargs dirname)
+
+ui: setup
+	$(BIN)/quantgate ui
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,1 @@
+"""The built-in batched server: one model, one device, OpenAI-compatible."""
