@@ -1,0 +1,1 @@
+"""The embedded demo model: its language, its trainer, and the golden sets that judge it."""
