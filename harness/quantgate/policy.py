@@ -1,0 +1,383 @@
+"""The policy: what a release builds, serves and measures, and the gates each variant must pass.
+
+`load_policy` is the only way in; whatever it returns can be carried out and judged, and whatever it
+refuses is refused with `file:line`, what was expected and what to write.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from quantgate.files import sha256_of_bytes
+from quantgate.gate import DEFAULT_CONFIDENCE, Confidence, Gate, Refused, Scheme, SpecModel
+from quantgate.spec import Document, Location, Problem, SpecError, read_document
+from quantgate.statistics.blocks import MIN_BLOCKS
+from quantgate.units import Quantity, did_you_mean, parse_metric, parse_quantity, units_of
+
+SOURCE = "source"
+"""The reference that is the source model in its own precision."""
+
+PositiveInt: TypeAlias = Annotated[int, Field(ge=1)]
+NonNegativeInt: TypeAlias = Annotated[int, Field(ge=0)]
+Lengths: TypeAlias = Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]
+
+
+def _quantity_of(dimension: str) -> BeforeValidator:
+    unit = units_of(dimension)[0]
+
+    def read(value: object) -> object:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            return value
+        if not isinstance(value, str):
+            raise Refused(((), f"{value:g} has no unit; write: {value:g} {unit}"))
+        quantity = parse_quantity(value)
+        if quantity.dimension != dimension:
+            raise Refused(((), f'"{value}" is not a {dimension}; write: {quantity.value:g} {unit}'))
+        if quantity.value <= 0:
+            raise Refused(((), f'"{value}" is not more than 0'))
+        return quantity
+
+    return BeforeValidator(read)
+
+
+RequestRate: TypeAlias = Annotated[Quantity, _quantity_of("request rate")]
+Duration: TypeAlias = Annotated[Quantity, _quantity_of("time")]
+
+
+class VariantSpec(SpecModel):
+    """One candidate: a scheme to build, or (`path`) an artifact that somebody brings."""
+
+    scheme: Scheme
+    group_size: PositiveInt | None = None
+    """Input channels that share one scale; GPTQ only, None for the scheme's default."""
+    path: str | None = None
+    """A folder to use as it is; None to build the variant from the source model."""
+    options: dict[str, str | int | float | bool] = Field(default_factory=dict)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Building it needs calibration text."""
+        return self.scheme.endswith("-gptq") and self.path is None
+
+    @model_validator(mode="after")
+    def _group_size_is_for_gptq(self) -> VariantSpec:
+        if self.group_size is not None and not self.scheme.endswith("-gptq"):
+            message = f'"group_size" is not for scheme "{self.scheme}"; remove it'
+            raise Refused((("group_size",), message))
+        return self
+
+
+class Calibration(SpecModel):
+    """Text that calibrated schemes look at; it may not overlap with the golden sets."""
+
+    path: str
+    max_documents: PositiveInt = 128
+    max_tokens: PositiveInt = 512
+    """Per document."""
+
+
+class Distribution(SpecModel):
+    """The text on which KL, top-1 agreement and perplexity are measured, teacher-forced."""
+
+    golden_set: str
+    max_tokens: PositiveInt = 512
+    """Per document."""
+
+
+class Workload(SpecModel):
+    """The seeded load that both arms replay, block by block."""
+
+    seed: NonNegativeInt
+    arrivals: Literal["poisson", "burst"] = "poisson"
+    rate: RequestRate
+    requests: PositiveInt
+    """Per block."""
+    prompt_tokens: Lengths
+    output_tokens: Lengths
+    warmup_requests: NonNegativeInt = 8
+    """Sent before each block and not measured."""
+    blocks: PositiveInt = 6
+    """Per arm."""
+    burst_requests: PositiveInt = 8
+    """How many arrive together when arrivals is "burst"."""
+    max_failed_requests: NonNegativeInt | None = None
+    """More failures than this end the block; None never ends it."""
+
+    @model_validator(mode="after")
+    def _lengths_are_ranges(self) -> Workload:
+        for name in ("prompt_tokens", "output_tokens"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise Refused(((name,), f"{name} [{low}, {high}] is empty; write: [{high}, {low}]"))
+        return self
+
+
+class Serving(SpecModel):
+    """How every variant is served while it is measured; the same for all arms."""
+
+    max_batch_size: PositiveInt = 16
+    max_batched_tokens: PositiveInt = 512
+    kv_tokens: PositiveInt = 16_384
+    threads: PositiveInt | None = None
+    """None for all cores."""
+    timeout: Duration = Quantity(60.0, "s")
+    """A request that is not answered in this time has failed."""
+
+
+class Policy(SpecModel):
+    """A named, complete set of gates and everything needed to measure them."""
+
+    policy: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    model: str = Field(min_length=1)
+    """"demo", a folder, or a hub id."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    reference: str = SOURCE
+    """What quality is compared with: "source", or a variant."""
+    champion: str = "bf16"
+    """What performance is compared with where nothing serves yet: a variant."""
+    variants: dict[str, VariantSpec] = Field(min_length=1)
+    calibration: Calibration | None = None
+    golden_sets: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Names under golden_sets/, or folders; known by the last part of the path."""
+    distribution: Distribution | None = None
+    workload: Workload | None = None
+    serving: Serving = Serving()
+    confidence: Confidence = DEFAULT_CONFIDENCE
+    gates: Annotated[tuple[Gate, ...], Field(strict=False, min_length=1)]
+
+    _path: Path = PrivateAttr(default=Path("<policy>"))
+    _sha256: str = PrivateAttr(default="")
+    _gate_lines: dict[str, int] = PrivateAttr(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """Where it was read from."""
+        return self._path
+
+    @property
+    def sha256(self) -> str:
+        """Of the bytes of the file."""
+        return self._sha256
+
+    @property
+    def golden_set_names(self) -> tuple[str, ...]:
+        return tuple(PurePath(entry).name for entry in self.golden_sets)
+
+    def gate_line(self, gate_id: str) -> int:
+        """The line on which the gate is written, for annotations."""
+        return self._gate_lines[gate_id]
+
+    @model_validator(mode="after")
+    def _is_coherent(self) -> Policy:
+        # Frozen to everyone else: a gate without a confidence of its own takes the policy's here,
+        # so that a gate is complete wherever it is handed on.
+        resolved = tuple(
+            gate
+            if "confidence" in gate.model_fields_set
+            else gate.model_copy(update={"confidence": self.confidence})
+            for gate in self.gates
+        )
+        object.__setattr__(self, "gates", resolved)
+        problems = [
+            *_baseline_problems(self),
+            *_golden_set_problems(self),
+            *_gate_problems(self),
+            *_variant_problems(self),
+        ]
+        if problems:
+            raise Refused(*problems)
+        return self
+
+
+def load_policy(path: Path) -> Policy:
+    """Read a policy file.
+
+    Raises:
+        SpecError: with one `file:line: message` for each thing that is wrong.
+    """
+    document = read_document(path)
+    try:
+        policy = Policy.model_validate(document.data)
+    except ValidationError as error:
+        problems = [
+            problem for details in error.errors() for problem in _problems_of(document, details)
+        ]
+        raise SpecError(path, problems) from error
+    policy._path = path
+    policy._sha256 = sha256_of_bytes(document.content)
+    policy._gate_lines = {
+        gate.id: document.line_of(("gates", index)) for index, gate in enumerate(policy.gates)
+    }
+    return policy
+
+
+def required_gates(policy: Policy, variant: str) -> tuple[Gate, ...]:
+    """The gates this variant must pass, in the order they are written; never empty.
+
+    Raises:
+        KeyError: the policy has no such variant.
+    """
+    scheme = policy.variants[variant].scheme
+    return tuple(gate for gate in policy.gates if _applies(gate, variant, scheme))
+
+
+def _applies(gate: Gate, variant: str, scheme: Scheme) -> bool:
+    return (gate.variants is None or variant in gate.variants) and (
+        gate.schemes is None or scheme in gate.schemes
+    )
+
+
+def _baseline_problems(policy: Policy) -> list[tuple[Location, str]]:
+    problems: list[tuple[Location, str]] = []
+    if SOURCE in policy.variants:
+        message = f'"{SOURCE}" is the name of the source model; give the variant another name'
+        problems.append((("variants", SOURCE), message))
+    if policy.champion not in policy.variants:
+        problems.append((("champion",), _unknown("champion", policy.champion, policy.variants)))
+    references = [SOURCE, *policy.variants]
+    if policy.reference not in references:
+        problems.append((("reference",), _unknown("reference", policy.reference, references)))
+    return problems
+
+
+def _golden_set_problems(policy: Policy) -> list[tuple[Location, str]]:
+    names = policy.golden_set_names
+    return [
+        (("golden_sets", index), f'golden set "{name}" is listed twice; remove one')
+        for index, name in enumerate(names)
+        if name in names[:index]
+    ]
+
+
+def _gate_problems(policy: Policy) -> list[tuple[Location, str]]:
+    problems: list[tuple[Location, str]] = []
+    seen: set[str] = set()
+    for index, gate in enumerate(policy.gates):
+        here: Location = ("gates", index)
+        if gate.id in seen:
+            problems.append(((*here, "id"), f'gate id "{gate.id}" is already used; rename one'))
+        seen.add(gate.id)
+        unknown = [name for name in gate.variants or () if name not in policy.variants]
+        problems += [
+            ((*here, "variants"), _unknown("variant", name, policy.variants)) for name in unknown
+        ]
+        applies = any(_applies(gate, name, spec.scheme) for name, spec in policy.variants.items())
+        if not unknown and not applies:
+            problems.append((here, f'gate "{gate.id}" applies to no variant; widen or remove it'))
+        if message := _not_measured(policy, gate):
+            problems.append(((*here, "metric"), message))
+    return problems
+
+
+def _not_measured(policy: Policy, gate: Gate) -> str | None:
+    """Why nothing in the policy would measure the gate's metric; None when something does."""
+    name = parse_metric(gate.metric)
+    if name.is_golden_set:
+        if name.noun in policy.golden_set_names:
+            return None
+        return f"{gate.metric}: " + _unknown("golden set", name.noun, policy.golden_set_names)
+    if name.section == "quality" and policy.distribution is None:
+        return f'{gate.metric} needs "distribution"; write: distribution: {{golden_set: NAME}}'
+    if name.section in ("perf", "stability"):
+        if policy.workload is None:
+            return (
+                f'{gate.metric} needs "workload"; write: workload: {{seed: 0, rate: 20 req/s, …}}'
+            )
+        if gate.test == "ratio" and policy.workload.blocks < MIN_BLOCKS:
+            return (
+                f"{gate.metric} is compared over blocks and workload.blocks is "
+                f"{policy.workload.blocks}; write: blocks: {MIN_BLOCKS} or more"
+            )
+    return None
+
+
+def _variant_problems(policy: Policy) -> list[tuple[Location, str]]:
+    problems: list[tuple[Location, str]] = []
+    for name, spec in policy.variants.items():
+        here: Location = ("variants", name)
+        if not required_gates(policy, name):
+            message = f'no gate applies to variant "{name}", and absence never passes; add a gate'
+            problems.append((here, message))
+        if spec.is_calibrated and policy.calibration is None:
+            message = f'{spec.scheme} needs "calibration"; write: calibration: {{path: FOLDER}}'
+            problems.append((here, message))
+    return problems
+
+
+def _unknown(what: str, name: str, known: Any) -> str:
+    listed = ", ".join(known) or "none is listed"
+    return f'unknown {what} "{name}"; expected one of {listed}{did_you_mean(name, known)}'
+
+
+# --- pydantic's errors in the words of the file ---
+
+_EXPECTED = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "dataclass_type": 'a quantity, as in "250 ms"',
+}
+_WRITE = {
+    "policy": "policy: NAME",
+    "model": "model: demo",
+    "device": "device: auto | cpu | cuda | cuda:0",
+    "variants": "variants: {bf16: {scheme: bf16}}",
+    "scheme": "scheme: int4-gptq",
+    "golden_set": "golden_set: NAME",
+    "seed": "seed: 0",
+    "rate": "rate: 20 req/s",
+    "requests": "requests: 60",
+    "prompt_tokens": "prompt_tokens: [32, 256]",
+    "output_tokens": "output_tokens: [16, 64]",
+    "timeout": "timeout: 60 s",
+    "confidence": "confidence: 0.95",
+    "gates": "gates: [{id: oom, metric: stability/oom.count, test: limit, max: 0 count}]",
+    "id": "id: NAME (letters, digits, dots, dashes)",
+    "metric": "metric: quality/kl_nats.mean",
+    "test": "test: limit",
+    "schemes": "schemes: [int4-nf4, int4-gptq]",
+}
+
+
+def _problems_of(document: Document, details: ErrorDetails) -> list[Problem]:
+    location = tuple(details["loc"])
+    cause = details.get("ctx", {}).get("error")
+    if isinstance(cause, Refused):
+        return [document.problem((*location, *inner), text) for inner, text in cause.problems]
+    # A union reports one error per arm, with the arm's type in the location: no key of the file.
+    keys = [part for part in location if isinstance(part, str)]
+    key = next(
+        (part for part in reversed(keys) if part in _WRITE), keys[-1] if keys else "the file"
+    )
+    return [document.problem(location, _message_of(details, key, cause))]
+
+
+def _message_of(details: ErrorDetails, key: str, cause: object) -> str:
+    if cause is not None:
+        return str(cause)
+    hint = f"; write: {_WRITE[key]}" if key in _WRITE else ""
+    if details["type"] == "missing":
+        return f'"{details["loc"][-1]}" is missing{hint}'
+    found = details["input"]
+    if details["type"] == "literal_error":
+        expected = details["ctx"]["expected"].replace("'", "")
+        near = did_you_mean(str(found), expected.replace(" or ", ", ").split(", "))
+        return f'{key} is "{found}"; expected {expected}{near}'
+    expected = _EXPECTED.get(details["type"])
+    if expected is None:
+        # pydantic's own sentences about ranges and lengths are plain English.
+        expected = details["msg"][:1].lower() + details["msg"][1:]
+        return f"{key} is {found!r}: {expected}{hint}"
+    return f"{key} is {found!r}; expected {expected}{hint}"
