@@ -65,37 +65,57 @@ class Verdict:
         """The verdict as one printed line."""
         head = f"{self.outcome:<12} {self.variant} {self.gate_id}  {self.metric}"
         if self.outcome is Outcome.INVALID:
-            return f"{head}  {self.reason}" + (f"  {self.source}" if self.source else "")
+            return "  ".join([head, self.reason, *([self.source] if self.source else [])])
         return f"{head}  {self.comparison()}  ({self._details()})  {self.source}"
 
     def comparison(self) -> str:
         """Observed and limit in one unit, as "0.08 nats > 0.06 nats"."""
         good, bad = ("<=", ">") if self.direction == "max" else (">=", "<")
         sign = {Outcome.PASS: good, Outcome.FAIL: bad}.get(self.outcome, f"against {good}")
-        return f"{self._show(self.estimate)} {sign} {self._show(self.limit)}"
+        return f"{self.observed()} {sign} {self._number(self.limit)} {self.unit}"
+
+    def observed(self) -> str:
+        """The estimate with its unit, or a dash for INVALID."""
+        if self.outcome is Outcome.INVALID:
+            return "–"
+        if self.estimate is None:
+            return "infinite"
+        return f"{self._number(self.estimate)} {self.unit}"
+
+    def allowed(self) -> str:
+        """The limit with its direction and unit."""
+        sign = "<=" if self.direction == "max" else ">="
+        return f"{sign} {self._number(self.limit)} {self.unit}"
+
+    def bounds(self) -> str:
+        """The interval; a dash where the verdict has none because it needs none."""
+        if self.outcome is Outcome.INVALID or self.test == "limit":
+            return "–"
+        lower, upper = (
+            "infinite" if bound is None else self._number(bound)
+            for bound in (self.lower, self.upper)
+        )
+        return f"{lower} .. {upper}"
+
+    def needed(self) -> str:
+        """What would decide an INCONCLUSIVE verdict, if the estimate held."""
+        return "no n decides" if self.n_required is None else f"n={self.n_required:,} would decide"
 
     def _details(self) -> str:
         parts = [f"n={self.n:,}"]
         if self.test != "limit":
-            bounds = f"{self._number(self.lower)} .. {self._number(self.upper)}"
-            parts.append(f"{self.confidence:.4g} bounds {bounds}")
+            parts.append(f"{self.confidence:.4g} bounds {self.bounds()}")
         if self.outcome is Outcome.INCONCLUSIVE:
-            needed = "no n" if self.n_required is None else f"n={self.n_required:,}"
-            parts.append(f"{needed} would decide")
+            parts.append(self.needed())
         if self.smallest_detectable_effect is not None:
-            parts.append(f"detects {self._show(self.smallest_detectable_effect)}")
+            parts.append(f"detects {self._number(self.smallest_detectable_effect)} {self.unit}")
         if self.baseline is not None:
             parts.append(f"baseline {self.baseline}")
         if self.reason:
             parts.append(self.reason)
         return "; ".join(parts)
 
-    def _show(self, value: float | None) -> str:
-        return self._number(value) if value is None else f"{self._number(value)} {self.unit}"
-
-    def _number(self, value: float | None) -> str:
-        if value is None:
-            return "beyond every answer"
+    def _number(self, value: float) -> str:
         if abs(value) >= 10_000:
             return f"{value:,.0f}"
         # A perplexity ratio of 1.0004 is not 1.

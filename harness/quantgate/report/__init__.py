@@ -1,0 +1,1 @@
+"""Verdicts as people and CI systems read them. No decision is taken here."""

@@ -1,0 +1,87 @@
+"""The verdict table of the terminal: a line per variant × gate, the decisions, the next command."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from quantgate.verdict import Decision, Outcome, Verdict
+
+STYLES = {
+    Outcome.PASS: "green",
+    Outcome.FAIL: "bold red",
+    Outcome.INCONCLUSIVE: "yellow",
+    Outcome.INVALID: "bold magenta",
+}
+
+
+def release_report(decisions: Sequence[Decision], *, run: str) -> RenderableType:
+    """Everything a release prints at its end; `run` is the release folder as a person types it."""
+    return Group(
+        verdict_table(decisions),
+        Text(),
+        *(decision_line(decision) for decision in decisions),
+        Text(),
+        Text.assemble(("Next: ", "bold"), next_step(decisions, run=run)),
+    )
+
+
+def verdict_table(decisions: Sequence[Decision]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("Variant", no_wrap=True)
+    table.add_column("Gate", no_wrap=True)
+    table.add_column("Verdict", no_wrap=True)
+    table.add_column("Observed", justify="right", no_wrap=True)
+    table.add_column("Bounds", justify="right", no_wrap=True)
+    table.add_column("Limit", justify="right", no_wrap=True)
+    table.add_column("n", justify="right")
+    table.add_column("Note", ratio=1)
+    for decision in decisions:
+        for position, verdict in enumerate(decision.verdicts):
+            table.add_row(
+                escape(verdict.variant) if position == 0 else "",
+                escape(verdict.gate_id),
+                Text(verdict.outcome, style=STYLES[verdict.outcome]),
+                verdict.observed(),
+                verdict.bounds(),
+                verdict.allowed(),
+                f"{verdict.n:,}" if verdict.n else "–",
+                escape(note(verdict)),
+            )
+        table.add_section()
+    return table
+
+
+def note(verdict: Verdict) -> str:
+    """What a reader needs next to the numbers: why there are none, or how many would decide."""
+    if verdict.outcome is Outcome.INCONCLUSIVE:
+        return verdict.needed()
+    return verdict.reason if verdict.outcome is Outcome.INVALID else ""
+
+
+def decision_line(decision: Decision) -> Text:
+    if decision.approved:
+        count = len(decision.verdicts)
+        return Text.assemble(
+            ("APPROVED      ", "bold green"), f"{decision.variant}  all {count} gates pass"
+        )
+    reasons = "; ".join(decision.reasons) or "no verdicts"
+    return Text.assemble(("not approved  ", "bold red"), f"{decision.variant}  {reasons}")
+
+
+def next_step(decisions: Sequence[Decision], *, run: str) -> str:
+    """The command to type next. Of several approved variants the last one written in the policy is
+    named: policies list candidates from the widest weights to the narrowest."""
+    approved = [decision.variant for decision in decisions if decision.approved]
+    if approved:
+        return f"quantgate promote {run} --variant {approved[-1]}"
+    outcomes = {outcome for decision in decisions for outcome in decision.outcomes}
+    if Outcome.FAIL in outcomes:
+        return f"pytest gates/ --quantgate-run {run}   (each failing gate, with its numbers)"
+    if Outcome.INVALID in outcomes or not outcomes:
+        return "remove the cause in the note, then run the same quantgate release again"
+    return "raise n as the notes say (items, requests or blocks), then run quantgate release again"
