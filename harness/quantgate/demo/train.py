@@ -124,7 +124,7 @@ def train(settings: Settings, *, resume: bool) -> Progress:
                 continue
             batch = streams[group].next_batch()
             value = _loss(model, trunk, batch, settings)
-            (value * GROUP_WEIGHT[group]).backward()
+            torch.autograd.backward(value * GROUP_WEIGHT[group])
             loss[group] += 0.05 * (float(value.detach()) - loss[group])
             progress.tokens += batch.tokens
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
