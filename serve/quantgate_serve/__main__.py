@@ -1,0 +1,159 @@
+"""Starts one server for one model: `python -m quantgate_serve --model FOLDER`.
+
+Exit codes: 0 after a drained stop, 2 when the model, the configuration or an argument is refused.
+"""
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+from pydantic import ValidationError
+
+from quantgate_serve.config import (
+    ConfigError,
+    ServerSettings,
+    champion_folder,
+    read_serving_config,
+    verify_files,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, load, listen, warm up, serve, drain."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        settings = _settings(arguments)
+    except (ConfigError, ValidationError) as error:
+        return _refuse(error)
+    # transformers logs progress bars and hub lookups; a server does neither.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Read by gptqmodel when it is imported: more workers than cores only wait for each other.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Imported late, so that --help and a refused configuration do not wait for torch.
+    import torch
+
+    from quantgate_serve.http.app import Service, build_app
+    from quantgate_serve.loading import UnsupportedModelError
+    from quantgate_serve.startup import build_engine, load_for_serving
+    from quantgate_serve.vocabulary import Vocabulary
+
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    try:
+        loaded = load_for_serving(settings.model, settings)
+        engine = build_engine(loaded, settings)
+    except UnsupportedModelError as error:
+        return _refuse(error)
+    service = Service(
+        engine,
+        Vocabulary(loaded.tokenizer),
+        model_name=settings.model_name,
+        vocab_size=loaded.vocab_size,
+        eos_ids=loaded.eos_ids,
+        max_body_bytes=settings.max_body_bytes,
+    )
+    config = uvicorn.Config(
+        build_app(service),
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=int(settings.drain_timeout_s),
+        lifespan="on",
+    )
+    try:
+        listener = socket.create_server((settings.host, settings.port), backlog=2048)
+    except OSError as error:
+        return _refuse(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}.")
+
+    class Server(uvicorn.Server):
+        """Says where it listens, and that it drains."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            port = listener.getsockname()[1]
+            url = f"http://{settings.host}:{port}"
+            logging.info("serving %s at %s", settings.model_name, url)
+            if settings.ready_file is not None:
+                _write_whole(settings.ready_file, json.dumps({"url": url, "pid": os.getpid()}))
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            service.is_draining = True
+            await super().shutdown(sockets)
+
+    # uvicorn raises the signal again once it has drained; by then it means nothing any more.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    asyncio.run(Server(config).serve(sockets=[listener]))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m quantgate_serve", description="Serve one model over HTTP."
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, help="folder of safetensors, config and tokenizer")
+    source.add_argument("--config", type=Path, help="serving.yaml: serve exactly its champion")
+    parser.add_argument("--host", help="address to listen on (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port, 0 for any free one (default 8000)")
+    parser.add_argument("--ready-file", type=Path, help="JSON with url and pid once listening")
+    parser.add_argument("--device", help="auto, cpu or cuda:N (default auto)")
+    parser.add_argument("--dtype", help="arithmetic: auto, float32, bfloat16 or float16")
+    parser.add_argument("--threads", type=int, help="CPU threads for the model")
+    parser.add_argument("--max-batch-size", type=int, help="requests computed at once")
+    parser.add_argument("--max-batched-tokens", type=int, help="tokens computed in one step")
+    parser.add_argument("--kv-tokens", type=int, help="size of the KV cache in tokens")
+    parser.add_argument("--max-queued-requests", type=int, help="beyond this, 429")
+    parser.add_argument("--max-queued-tokens", type=int, help="beyond this, 429")
+    parser.add_argument("--max-body-bytes", type=int, help="beyond this, 413")
+    parser.add_argument("--drain-timeout-s", type=float, help="seconds to finish after SIGTERM")
+    parser.add_argument("--served-model-name", help="name in requests (default: the folder's)")
+    parser.add_argument(
+        "--prefix-cache",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="reuse the KV pages of known prefixes (default on)",
+    )
+    return parser
+
+
+def _settings(arguments: argparse.Namespace) -> ServerSettings:
+    """The settings; with --config, the champion's, once every file of it is verified."""
+    values = {key: value for key, value in vars(arguments).items() if value is not None}
+    path = values.pop("config", None)
+    if path is not None:
+        config = read_serving_config(path)
+        folder = champion_folder(config, path)
+        if config.champion is not None:
+            verify_files(config.champion, folder)
+        values["model"] = folder
+        values.setdefault("served_model_name", config.model_name)
+    return ServerSettings.model_validate(values)
+
+
+def _refuse(reason: object) -> int:
+    sys.stderr.write(f"error: {reason}\n")
+    return 2
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replace `path` in one move, so that a reader sees all of it or none."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

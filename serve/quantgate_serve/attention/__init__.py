@@ -1,0 +1,1 @@
+"""Attention over the paged KV cache, reached through transformers' AttentionInterface."""

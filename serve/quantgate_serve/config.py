@@ -1,0 +1,158 @@
+"""What people and `quantgate promote` write for the server: process settings and serving.yaml.
+
+Imports neither torch nor transformers, so that the harness can read and write serving.yaml cheaply.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class ConfigError(Exception):
+    """serving.yaml is wrong or does not match the files it names; the message says how."""
+
+
+class ServerSettings(BaseModel):
+    """One server process: what it loads, where it listens, how much it takes on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: Path
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    ready_file: Path | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    # None leaves the number of threads to torch.
+    threads: int | None = Field(default=None, ge=1)
+    max_batch_size: int = Field(default=64, ge=1)
+    max_batched_tokens: int = Field(default=512, ge=1)
+    # None sizes the pool from the context length, the batch size and the memory that is there.
+    kv_tokens: int | None = Field(default=None, ge=16)
+    max_queued_requests: int = Field(default=1024, ge=1)
+    max_queued_tokens: int = Field(default=262_144, ge=1)
+    max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
+    drain_timeout_s: float = Field(default=20.0, ge=0)
+    served_model_name: str | None = None
+    prefix_cache: bool = True
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or self.model.name
+
+
+class ServedVariant(BaseModel):
+    """A variant that was judged and approved, with the digests that pin its bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1)
+    path: str = Field(min_length=1)
+    scheme: str = Field(min_length=1)
+    artifact_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    files: dict[str, str] = Field(min_length=1)
+    release: str = Field(min_length=1)
+    verdicts_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    promoted_at: str = Field(min_length=1)
+    slo: dict[str, float] = {}
+
+
+class ServingConfig(BaseModel):
+    """serving.yaml: what serves now, what served before, what is tried."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    model_name: str = Field(min_length=1)
+    champion: ServedVariant | None = None
+    previous: ServedVariant | None = None
+    canary: ServedVariant | None = None
+
+
+def read_serving_config(path: Path) -> ServingConfig:
+    """Read serving.yaml.
+
+    Raises:
+        ConfigError: unreadable, not YAML, or not of this schema.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}). "
+            "Promote a variant first: quantgate promote writes this file."
+        ) from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}, expected a mapping of keys.")
+    try:
+        return ServingConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(
+            f"{path}: {where}: {first['msg']} ({error.error_count()} problem(s)). "
+            "The file is written by quantgate promote; undo hand edits or promote again."
+        ) from error
+
+
+def champion_folder(config: ServingConfig, path: Path) -> Path:
+    """The champion's folder, a relative path being relative to the folder that holds `serve/`.
+
+    Raises:
+        ConfigError: nothing is promoted, or the folder is missing.
+    """
+    if config.champion is None:
+        raise ConfigError(
+            f"{path} has no champion, so there is nothing to serve. Run quantgate promote."
+        )
+    folder = Path(config.champion.path)
+    if not folder.is_absolute():
+        folder = path.resolve().parent.parent / folder
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{path}: champion {config.champion.name}: {folder} is not a folder. "
+            "Rebuild the variant, or roll back."
+        )
+    return folder
+
+
+def verify_files(variant: ServedVariant, folder: Path) -> None:
+    """Compare every file of `folder` with its digest.
+
+    Raises:
+        ConfigError: a file is missing, was added, or holds other bytes.
+    """
+    present = {
+        found.relative_to(folder).as_posix() for found in folder.rglob("*") if found.is_file()
+    }
+    # The manifest describes the other files and does not list itself.
+    unlisted = sorted(present - set(variant.files) - {"variant.json"})
+    if unlisted:
+        raise ConfigError(
+            f"{folder}/{unlisted[0]} is not among the files of the promoted {variant.name}. "
+            "Remove it, or build, judge and promote the variant again."
+        )
+    for name, expected in sorted(variant.files.items()):
+        if name not in present:
+            raise ConfigError(
+                f"{folder}/{name} is missing. Restore it, or build the variant again."
+            )
+        found = sha256_of(folder / name)
+        if found != expected:
+            raise ConfigError(
+                f"{folder}/{name} has sha256 {found}, but {variant.name} was judged with "
+                f"{expected}. It is not what was approved: restore the file, or build, judge and promote again."
+            )
+
+
+def sha256_of(path: Path) -> str:
+    """The hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

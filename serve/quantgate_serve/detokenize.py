@@ -1,0 +1,72 @@
+"""Tokens to text while they arrive, and stop strings across token boundaries."""
+
+from collections.abc import Callable, Sequence
+
+REPLACEMENT = "\ufffd"
+Decode = Callable[[list[int]], str]
+
+
+class TextStream:
+    """Grows a text token by token, holding back what may still change or become a stop string.
+
+    The text before a stop string is kept, the stop string itself is not.
+    """
+
+    def __init__(self, decode: Decode, *, stop: Sequence[str] = ()) -> None:
+        self._decode = decode
+        self._stop = tuple(stop)
+        self._longest_stop = max((len(text) for text in self._stop), default=0)
+        self._ids: list[int] = []
+        # Decoding starts at _prefix, before _read: a token decoded alone may lose its space.
+        self._prefix = 0
+        self._read = 0
+        self._text = ""
+        self._num_emitted = 0
+        self.is_stopped = False
+
+    @property
+    def text(self) -> str:
+        return self._text
+
+    def push(self, token_id: int) -> None:
+        """Add one token; sets `is_stopped` when a stop string is complete."""
+        self._ids.append(token_id)
+        before = self._decode(self._ids[self._prefix : self._read])
+        after = self._decode(self._ids[self._prefix :])
+        if after.endswith(REPLACEMENT) or len(after) <= len(before):
+            return
+        self._grow(after[len(before) :])
+        self._prefix = self._read
+        self._read = len(self._ids)
+
+    def finish(self) -> None:
+        """No token will follow: what was held back as an incomplete character is text now."""
+        if self.is_stopped or self._read == len(self._ids):
+            return
+        before = self._decode(self._ids[self._prefix : self._read])
+        after = self._decode(self._ids[self._prefix :])
+        self._grow(after[len(before) :])
+        self._read = len(self._ids)
+
+    def take(self, *, final: bool) -> str:
+        """The text that is certain and was not taken before."""
+        end = len(self._text) if final or self.is_stopped else self._num_certain()
+        start = self._num_emitted
+        self._num_emitted = max(end, start)
+        return self._text[start:end]
+
+    def _grow(self, addition: str) -> None:
+        searched_from = max(0, len(self._text) - self._longest_stop + 1)
+        self._text += addition
+        found = [at for text in self._stop if (at := self._text.find(text, searched_from)) != -1]
+        if found:
+            self._text = self._text[: min(found)]
+            self.is_stopped = True
+
+    def _num_certain(self) -> int:
+        """Length of the text without a tail that could be the start of a stop string."""
+        for length in range(min(self._longest_stop - 1, len(self._text)), 0, -1):
+            tail = self._text[-length:]
+            if any(text.startswith(tail) for text in self._stop):
+                return len(self._text) - length
+        return len(self._text)

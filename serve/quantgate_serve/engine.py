@@ -1,0 +1,355 @@
+"""The engine: steps over the batch, and the one place where a failing step is contained.
+
+Other threads hand in requests and aborts; results leave in one batch per step through `deliver`.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter_ns
+
+import torch
+
+from quantgate_serve.metrics import Metrics
+from quantgate_serve.request import Delta, FinishReason, Request, RequestError, SamplingParams
+from quantgate_serve.runner import ChunkResult, Runner
+from quantgate_serve.scheduler import Chunk, Scheduler
+
+_log = logging.getLogger(__name__)
+Deliver = Callable[[list[Delta]], None]
+
+
+class QueueFullError(Exception):
+    """The queue takes no more; the client should come back after `retry_after_s`."""
+
+    def __init__(self, message: str, *, reason: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+class RequestTooLongError(Exception):
+    """Prompt and max_tokens can never fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What the engine takes on. `max_request_tokens` is the smaller of context and KV pool."""
+
+    context_length: int
+    max_request_tokens: int
+    max_queued_requests: int
+    max_queued_tokens: int
+
+
+class Engine:
+    """Requests in, tokens out."""
+
+    def __init__(
+        self, runner: Runner, scheduler: Scheduler, metrics: Metrics, *, limits: EngineLimits
+    ) -> None:
+        self.limits = limits
+        self.metrics = metrics
+        self.deliver: Deliver = call_listeners
+        self._runner = runner
+        self._scheduler = scheduler
+        self._inbox: deque[Request] = deque()
+        self._aborts: deque[Request] = deque()
+        self._ended: list[Delta] = []
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._num_queued = 0
+        self._queued_tokens = 0
+        self.is_warm = False
+
+    # Called from any thread.
+
+    def check(self, num_prompt: int, max_tokens: int) -> None:
+        """Raise RequestTooLongError unless a request of this size can ever be served."""
+        wanted = num_prompt + max_tokens
+        if wanted <= self.limits.max_request_tokens:
+            return
+        if self.limits.max_request_tokens < self.limits.context_length:
+            bound = f"the KV cache holds {self.limits.max_request_tokens} tokens"
+        else:
+            bound = f"this model's context length is {self.limits.context_length} tokens"
+        raise RequestTooLongError(
+            f"{bound}, but {num_prompt} prompt tokens and max_tokens {max_tokens} need {wanted}. "
+            "Shorten the prompt or lower max_tokens."
+        )
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue `requests`, all or none.
+
+        Raises:
+            RequestTooLongError: one can never fit.
+            QueueFullError: too much is queued already.
+        """
+        for request in requests:
+            self.check(request.num_prompt, request.params.max_tokens)
+        tokens = sum(_queue_cost(request) for request in requests)
+        with self._lock:
+            self._refuse_when_full(len(requests), tokens)
+            self._num_queued += len(requests)
+            self._queued_tokens += tokens
+            self._inbox.extend(requests)
+        self._wake.set()
+
+    def abort(self, requests: Sequence[Request]) -> None:
+        """Stop working on `requests` before the next step; finished ones are left alone."""
+        self._aborts.extend(requests)
+        self._wake.set()
+
+    def start(self) -> None:
+        """Warm up and work in a thread of its own."""
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after its current step; what is unfinished stays so."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._inbox or self._aborts or self._scheduler.has_work)
+
+    # The engine thread (or a test that drives it by hand).
+
+    def step(self) -> None:
+        """Take what arrived, choose a batch, compute it, move the requests on, tell listeners."""
+        self._take_mail()
+        plan = self._schedule()
+        results = self._compute(plan)
+        self._advance(results)
+        self._tell(results)
+
+    def warm_up(self) -> None:
+        """Compute prompts and decodes of two batch sizes, so that no client pays for it."""
+        largest = min(self._scheduler.max_batch_size, 8)
+        for count in (1, largest):
+            length = min(24, self.limits.max_request_tokens - 4)
+            requests = [_warm_up_request(length) for _ in range(count)]
+            for request in requests:
+                self._scheduler.add(request)
+            while self._scheduler.has_work:
+                for result in self._runner.run(self._scheduler.schedule()):
+                    request = result.chunk.request
+                    self._scheduler.commit(result.chunk)
+                    if result.token_id is not None:
+                        request.token_ids.append(result.token_id)
+                        if request.num_output >= request.params.max_tokens:
+                            self._scheduler.finish(request, FinishReason.LENGTH)
+        if self._scheduler.prefix_cache is not None:
+            self._scheduler.prefix_cache.clear()
+        self.is_warm = True
+
+    def _loop(self) -> None:
+        self.warm_up()
+        while not self._stopping:
+            if not self.has_work:
+                self._wake.wait()
+                self._wake.clear()
+                continue
+            self.step()
+
+    def _take_mail(self) -> None:
+        while self._inbox:
+            self._scheduler.add(self._inbox.popleft())
+        while self._aborts:
+            request = self._aborts.popleft()
+            if not request.is_finished:
+                self._finish(request, FinishReason.ABORT)
+
+    def _schedule(self) -> list[Chunk]:
+        plan = self._scheduler.schedule()
+        now = perf_counter_ns()
+        for chunk in plan:
+            request = chunk.request
+            if request.scheduled_ns == 0:
+                request.scheduled_ns = now
+                self._leave_queue(request)
+                self.metrics.queue_time_s.observe((now - request.arrived_ns) / 1e9)
+                self.metrics.prompt_tokens += request.num_prompt
+        return plan
+
+    def _compute(self, plan: list[Chunk]) -> list[ChunkResult]:
+        """Run `plan`; if that fails, its halves; a request that fails alone is ended."""
+        if not plan:
+            return []
+        started = perf_counter_ns()
+        try:
+            results = self._runner.run(plan)
+        # The one boundary: whatever a step raises belongs to one request, and the loop goes on.
+        except Exception as error:
+            return self._isolate(plan, error)
+        self.metrics.step_s.observe((perf_counter_ns() - started) / 1e9)
+        self.metrics.step_tokens.observe(sum(chunk.length for chunk in plan))
+        self.metrics.batch_size.observe(len(plan))
+        return results
+
+    def _isolate(self, plan: list[Chunk], error: Exception) -> list[ChunkResult]:
+        is_oom = is_out_of_memory(error)
+        if is_oom:
+            self.metrics.oom += 1
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        else:
+            self.metrics.step_errors += 1
+            _log.error("a step of %d requests failed", len(plan), exc_info=error)
+        if len(plan) == 1:
+            request = plan[0].request
+            request.error = _request_error(error, is_oom=is_oom)
+            self._finish(request, FinishReason.ERROR)
+            return []
+        if is_oom:
+            self.metrics.oom_retry += 1
+        middle = len(plan) // 2
+        return self._compute(plan[:middle]) + self._compute(plan[middle:])
+
+    def _advance(self, results: list[ChunkResult]) -> None:
+        now = perf_counter_ns()
+        for result in results:
+            request = result.chunk.request
+            self._scheduler.commit(result.chunk)
+            request.prompt_logprobs += result.prompt_logprobs
+            if result.token_id is not None:
+                self._append(request, result, now)
+            elif request.num_uncomputed == 0:  # max_tokens=0 asks for the prompt only
+                request.first_token_ns = now
+                self._finish(request, FinishReason.LENGTH)
+
+    def _append(self, request: Request, result: ChunkResult, now: int) -> None:
+        token = result.token_id
+        if token is None:
+            return
+        request.token_ids.append(token)
+        if result.logprob is not None:
+            request.logprobs.append(result.logprob)
+        if request.first_token_ns == 0:
+            request.first_token_ns = now
+            self.metrics.ttft_s.observe((now - request.arrived_ns) / 1e9)
+        else:
+            self.metrics.inter_token_s.observe((now - request.last_token_ns) / 1e9)
+        request.last_token_ns = now
+        self.metrics.generation_tokens += 1
+        params = request.params
+        if token in request.eos_ids and not params.ignore_eos:
+            request.ended_by_eos = True
+            self._finish(request, FinishReason.STOP)
+            return
+        if request.text is not None:
+            request.text.push(token)
+            if request.text.is_stopped:
+                self._finish(request, FinishReason.STOP)
+                return
+        if request.num_output >= params.max_tokens:
+            self._finish(request, FinishReason.LENGTH)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        self._scheduler.finish(request, reason)
+        now = perf_counter_ns()
+        request.finished_ns = now
+        if request.scheduled_ns == 0:
+            self._leave_queue(request)
+        elif request.first_token_ns and reason in (FinishReason.STOP, FinishReason.LENGTH):
+            self.metrics.prefill_s.observe((request.first_token_ns - request.scheduled_ns) / 1e9)
+            self.metrics.decode_s.observe((now - request.first_token_ns) / 1e9)
+            self.metrics.e2e_s.observe((now - request.arrived_ns) / 1e9)
+        self.metrics.finished[reason] += 1
+        if request.text is not None:
+            request.text.finish()
+        if request.listener is not None:
+            self._ended.append(Delta(request, request.num_output, _take_text(request), True))
+
+    def _tell(self, results: list[ChunkResult]) -> None:
+        deltas, self._ended = self._ended, []
+        for result in results:
+            request = result.chunk.request
+            if request.is_streaming and result.token_id is not None and not request.is_finished:
+                deltas.append(Delta(request, request.num_output, _take_text(request), False))
+        self._update_gauges()
+        if deltas:
+            self.deliver(deltas)
+
+    def _update_gauges(self) -> None:
+        scheduler, metrics = self._scheduler, self.metrics
+        metrics.num_running = len(scheduler.running)
+        metrics.num_waiting = len(scheduler.waiting) + len(self._inbox)
+        metrics.queued_tokens = self._queued_tokens
+        metrics.kv_usage = scheduler.pool.num_used / scheduler.pool.num_pages
+        metrics.preemptions = scheduler.num_preemptions
+        if scheduler.prefix_cache is not None:
+            metrics.prefix_queries = scheduler.prefix_cache.queried_tokens
+            metrics.prefix_hits = scheduler.prefix_cache.hit_tokens
+
+    def _refuse_when_full(self, count: int, tokens: int) -> None:
+        limits = self.limits
+        if self._num_queued + count > limits.max_queued_requests:
+            self.metrics.rejections["queued_requests"] += 1
+            raise QueueFullError(
+                f"{self._num_queued} requests are queued, the limit is "
+                f"{limits.max_queued_requests}. Try again later.",
+                reason="queued_requests",
+                retry_after_s=1,
+            )
+        # One request alone is always taken: it fits the KV cache, so waiting would not help it.
+        if self._num_queued and self._queued_tokens + tokens > limits.max_queued_tokens:
+            self.metrics.rejections["queued_tokens"] += 1
+            raise QueueFullError(
+                f"{self._queued_tokens} tokens are queued, the limit is "
+                f"{limits.max_queued_tokens}. Try again later.",
+                reason="queued_tokens",
+                retry_after_s=1,
+            )
+
+    def _leave_queue(self, request: Request) -> None:
+        with self._lock:
+            self._num_queued -= 1
+            self._queued_tokens -= _queue_cost(request)
+
+
+def call_listeners(deltas: list[Delta]) -> None:
+    """Tell each delta to its request's listener."""
+    for delta in deltas:
+        if delta.request.listener is not None:
+            delta.request.listener(delta)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """CUDA has an exception for it; the CPU allocator raises a RuntimeError that says so."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _request_error(error: Exception, *, is_oom: bool) -> RequestError:
+    if is_oom:
+        return RequestError(
+            "out of memory: this request does not fit even alone. Shorten it.", "out_of_memory"
+        )
+    return RequestError(f"the model failed on this request: {error}", "engine_error")
+
+
+def _queue_cost(request: Request) -> int:
+    return request.num_prompt + request.params.max_tokens
+
+
+def _take_text(request: Request) -> str:
+    return "" if request.text is None else request.text.take(final=request.is_finished)
+
+
+def _warm_up_request(length: int) -> Request:
+    return Request(
+        prompt_ids=[0] * max(1, length), params=SamplingParams(max_tokens=3, ignore_eos=True)
+    )

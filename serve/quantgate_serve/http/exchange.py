@@ -1,0 +1,115 @@
+"""One client's exchange with the engine: submit, wait or stream, give up when the client is gone.
+
+Runs on the event loop. The engine thread hands over all results of a step at once.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING
+
+from starlette.requests import Request as HttpRequest
+
+from quantgate_serve.engine import (
+    Engine,
+    QueueFullError,
+    RequestTooLongError,
+    call_listeners,
+)
+from quantgate_serve.http.errors import ApiError
+from quantgate_serve.request import Delta, Request
+
+if TYPE_CHECKING:
+    from quantgate_serve.request import RequestError
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection before the answer was ready."""
+
+
+def connect(engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
+    """Have the engine tell its results on `loop`, with one wake-up per step."""
+
+    def deliver(deltas: list[Delta]) -> None:
+        # The loop is closed only when the process ends; nobody listens then.
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(call_listeners, deltas)
+
+    engine.deliver = deliver
+
+
+async def complete(engine: Engine, requests: Sequence[Request], http: HttpRequest) -> None:
+    """Run `requests` to their end.
+
+    Raises:
+        ApiError: refused, or one of them failed.
+        ClientGoneError: the client left; the requests were aborted.
+    """
+    done = asyncio.get_running_loop().create_future()
+    missing = len(requests)
+
+    def listen(delta: Delta) -> None:
+        nonlocal missing
+        missing -= 1
+        if missing == 0 and not done.done():
+            done.set_result(None)
+
+    for request in requests:
+        request.listener = listen
+    submit(engine, requests)
+    gone = asyncio.ensure_future(_until_disconnected(http))
+    try:
+        await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not done.done():
+            raise ClientGoneError
+    finally:
+        gone.cancel()
+        if not done.done():
+            engine.abort(requests)
+    for request in requests:
+        if request.error is not None:
+            raise api_error(request.error)
+
+
+def open_stream(engine: Engine, requests: Sequence[Request]) -> AsyncIterator[Delta]:
+    """Queue `requests` now; their deltas come out of the iterator.
+
+    Raises:
+        ApiError: refused.
+    """
+    queue: asyncio.Queue[Delta] = asyncio.Queue()
+    for request in requests:
+        request.is_streaming = True
+        request.listener = queue.put_nowait
+    submit(engine, requests)
+    return _until_last(queue, len(requests))
+
+
+async def _until_last(queue: asyncio.Queue[Delta], missing: int) -> AsyncIterator[Delta]:
+    while missing:
+        delta = await queue.get()
+        missing -= delta.is_last
+        yield delta
+
+
+def submit(engine: Engine, requests: Sequence[Request]) -> None:
+    """Queue `requests` or say in HTTP terms why not."""
+    try:
+        engine.submit(requests)
+    except RequestTooLongError as error:
+        raise ApiError(400, str(error), code="context_length_exceeded") from error
+    except QueueFullError as error:
+        raise ApiError(
+            429, str(error), code=error.reason, retry_after_s=error.retry_after_s
+        ) from error
+
+
+def api_error(error: "RequestError") -> ApiError:
+    status = 507 if error.code == "out_of_memory" else 500
+    return ApiError(status, error.message, code=error.code)
+
+
+async def _until_disconnected(http: HttpRequest) -> None:
+    while True:
+        message = await http.receive()
+        if message["type"] == "http.disconnect":
+            return

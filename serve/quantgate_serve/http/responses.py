@@ -1,0 +1,169 @@
+"""Answers in OpenAI's form, built from finished or growing requests as plain dictionaries."""
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from quantgate_serve.request import FinishReason, Request, TokenLogprob
+from quantgate_serve.vocabulary import Vocabulary
+
+Json = dict[str, Any]
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def now_s() -> int:
+    return int(time.time())
+
+
+def output_text(request: Request, vocabulary: Vocabulary) -> str:
+    """The text of a finished request, without the end token and the stop string."""
+    if request.text is not None:
+        return request.text.text
+    ids = request.output_ids
+    return vocabulary.decode(ids[:-1] if request.ended_by_eos else ids)
+
+
+def finish_reason(request: Request) -> str | None:
+    reason = request.finish_reason
+    return None if reason is None or reason is FinishReason.ABORT else reason.value
+
+
+def usage(requests: Sequence[Request], *, num_choices: int) -> Json:
+    """Token counts; a prompt that several choices share is counted once."""
+    prompt = sum(request.num_prompt for request in requests[::num_choices])
+    cached = sum(request.num_cached for request in requests[::num_choices])
+    completion = sum(request.num_output for request in requests)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def timings(requests: Sequence[Request]) -> Json:
+    """Milliseconds of a request's life; of several choices the longest each."""
+    return {
+        "queue_ms": max(_ms(r.arrived_ns, r.scheduled_ns) for r in requests),
+        "prefill_ms": max(_ms(r.scheduled_ns, r.first_token_ns) for r in requests),
+        "decode_ms": max(_ms(r.first_token_ns, r.finished_ns) for r in requests),
+        "ttft_ms": max(_ms(r.arrived_ns, r.first_token_ns) for r in requests),
+    }
+
+
+def completion_choice(
+    request: Request, vocabulary: Vocabulary, *, index: int, echo: bool, return_token_ids: bool
+) -> Json:
+    """One entry of `choices` of /v1/completions."""
+    prompt_text = vocabulary.decode(request.prompt_ids) if echo else ""
+    choice: Json = {
+        "index": index,
+        "text": prompt_text + output_text(request, vocabulary),
+        "logprobs": completion_logprobs(request, vocabulary, start=0, echo=echo),
+        "finish_reason": finish_reason(request),
+    }
+    if return_token_ids:
+        choice["token_ids"] = request.output_ids
+        choice["prompt_token_ids"] = request.prompt_ids
+    return choice
+
+
+def chat_choice(
+    request: Request, vocabulary: Vocabulary, *, index: int, return_token_ids: bool
+) -> Json:
+    """One entry of `choices` of /v1/chat/completions."""
+    choice: Json = {
+        "index": index,
+        "message": {"role": "assistant", "content": output_text(request, vocabulary)},
+        "logprobs": chat_logprobs(request, vocabulary, start=0),
+        "finish_reason": finish_reason(request),
+    }
+    if return_token_ids:
+        choice["token_ids"] = request.output_ids
+        choice["prompt_token_ids"] = request.prompt_ids
+    return choice
+
+
+def completion_logprobs(
+    request: Request, vocabulary: Vocabulary, *, start: int, echo: bool, end: int | None = None
+) -> Json | None:
+    """`logprobs` of output tokens `start` to `end`, after the prompt's when `echo`."""
+    params = request.params
+    if not params.wants_logprobs:
+        return None
+    found = request.logprobs[start:end]
+    result: Json = {}
+    if params.num_logprobs is not None:
+        tokens: list[str] = []
+        values: list[float | None] = []
+        top: list[dict[str, float] | None] = []
+        if echo and start == 0:
+            tokens.append(vocabulary.token_text(request.prompt_ids[0]))
+            values.append(None)
+            top.append(None)
+            found = request.prompt_logprobs + found
+        for entry in found:
+            tokens.append(vocabulary.token_text(entry.token_id))
+            values.append(entry.logprob)
+            top.append(_top_by_text(entry, vocabulary))
+        offsets, length = [], 0
+        for text in tokens:
+            offsets.append(length)
+            length += len(text)
+        result = {
+            "tokens": tokens,
+            "token_logprobs": values,
+            "top_logprobs": top if params.num_logprobs else None,
+            "text_offset": offsets,
+        }
+    if params.logprob_token_ids:
+        result["token_id_logprobs"] = _by_token_id(request, start, end)
+    return result
+
+
+def chat_logprobs(
+    request: Request, vocabulary: Vocabulary, *, start: int, end: int | None = None
+) -> Json | None:
+    """`logprobs` of output tokens `start` to `end` in the form of chat completions."""
+    params = request.params
+    if not params.wants_logprobs:
+        return None
+    result: Json = {}
+    if params.num_logprobs is not None:
+        result["content"] = [
+            _chat_entry(entry.token_id, entry.logprob, vocabulary)
+            | {"top_logprobs": [_chat_entry(*pair, vocabulary) for pair in entry.top]}
+            for entry in request.logprobs[start:end]
+        ]
+    if params.logprob_token_ids:
+        result["token_id_logprobs"] = _by_token_id(request, start, end)
+    return result
+
+
+def _by_token_id(request: Request, start: int, end: int | None) -> list[dict[str, float]]:
+    names = [str(token) for token in request.params.logprob_token_ids]
+    return [
+        dict(zip(names, entry.of_token_ids, strict=True)) for entry in request.logprobs[start:end]
+    ]
+
+
+def _top_by_text(entry: TokenLogprob, vocabulary: Vocabulary) -> dict[str, float]:
+    """By text, best first; of tokens with the same text the best; always with the chosen one."""
+    result: dict[str, float] = {}
+    for token, logprob in (*entry.top, (entry.token_id, entry.logprob)):
+        result.setdefault(vocabulary.token_text(token), logprob)
+    return result
+
+
+def _chat_entry(token_id: int, logprob: float, vocabulary: Vocabulary) -> Json:
+    text = vocabulary.token_text(token_id)
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def _ms(start_ns: int, end_ns: int) -> float:
+    """0 for a phase that the request never reached."""
+    return max(0, end_ns - start_ns) / 1e6 if start_ns and end_ns else 0.0

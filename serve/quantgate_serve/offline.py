@@ -1,0 +1,49 @@
+"""Teacher-forced scoring without a server: the weights exactly as the server loads them.
+
+The public door for the harness; plain transformers forward, no paging, no batching tricks.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantgate_serve import loading
+from quantgate_serve.loading import LoadedModel, UnsupportedModelError
+
+__all__ = ["LoadedModel", "UnsupportedModelError", "load_model", "log_probs", "logits"]
+
+
+def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """Load `folder` as the server would, with transformers' own attention.
+
+    Raises:
+        UnsupportedModelError: the server would refuse it too; the message says why.
+    """
+    return loading.load(Path(folder), device=device, dtype=dtype, attention="sdpa")
+
+
+def logits(loaded: LoadedModel, token_ids: Sequence[int]) -> Tensor:
+    """FP32 logits [T, V] on the CPU; row i predicts token i + 1."""
+    return _forward(loaded, [token_ids])[0]
+
+
+def log_probs(loaded: LoadedModel, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    """For each sequence its FP32 log-probabilities [T, V]; the batch is padded on the right.
+
+    Padding cannot reach earlier tokens through causal attention. Quantized Linears that look at the
+    whole batch (LLM.int8 outlier columns) do see it: score one at a time where that matters.
+    """
+    return [torch.log_softmax(rows, dim=-1) for rows in _forward(loaded, sequences)]
+
+
+@torch.inference_mode()
+def _forward(loaded: LoadedModel, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    lengths = [len(ids) for ids in sequences]
+    ids = torch.zeros((len(sequences), max(lengths)), dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+    output = loaded.model(input_ids=ids.to(loaded.device), use_cache=False)
+    rows = output.logits.float().cpu()
+    return [rows[row, :length] for row, length in enumerate(lengths)]

@@ -1,0 +1,142 @@
+"""One request: what was asked, how far it is, what it has produced.
+
+Only the scheduler moves a request from state to state; the engine appends tokens.
+"""
+
+import enum
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter_ns
+
+from quantgate_serve.detokenize import TextStream
+from quantgate_serve.kv.prefix import DEFAULT_ROOT
+
+_ids = itertools.count()
+
+
+class RequestState(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens and when to end.
+
+    `num_logprobs` None asks for no log-probabilities; 0 for those of the chosen tokens only.
+    `logprob_token_ids` asks for the raw log-probability of exactly these ids at each position.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    num_logprobs: int | None = None
+    prompt_logprobs: bool = False
+    logprob_token_ids: tuple[int, ...] = ()
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0 or self.top_k == 1
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.num_logprobs is not None or bool(self.logprob_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Raw log-probabilities (before temperature) at one position."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    of_token_ids: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestError:
+    """Why a request failed; `code` is the word a client can act on."""
+
+    message: str
+    code: str
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one step added to a request: it has `num_output` tokens now; the last has `is_last`."""
+
+    request: "Request"
+    num_output: int
+    text: str
+    is_last: bool
+
+
+Listener = Callable[[Delta], None]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A sequence on its way through the engine. `token_ids` is prompt and output together."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    eos_ids: frozenset[int] = frozenset()
+    listener: Listener | None = None
+    # Streaming requests are heard after every step, the others once, at their end.
+    is_streaming: bool = False
+    text: TextStream | None = None
+    cache_root: str = DEFAULT_ROOT
+    id: int = field(default_factory=lambda: next(_ids))
+    state: RequestState = RequestState.WAITING
+    token_ids: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_cached: int = 0
+    num_preemptions: int = 0
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    # Entry i belongs to prompt token i + 1; the first token has none.
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: RequestError | None = None
+    ended_by_eos: bool = False
+    arrived_ns: int = field(default_factory=perf_counter_ns)
+    scheduled_ns: int = 0
+    first_token_ns: int = 0
+    last_token_ns: int = 0
+    finished_ns: int = 0
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_ids)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[len(self.prompt_ids) :]
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - len(self.prompt_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state is RequestState.FINISHED

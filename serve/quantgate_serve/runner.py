@@ -1,0 +1,259 @@
+"""Turns a plan into tensors, runs the model, and reads tokens out of the logits.
+
+All chunks of a step lie one after another in a single row [1, T]; positions and attention's facts keep
+them apart. Logits are computed only where a token or a log-probability is read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quantgate_serve import sampling
+from quantgate_serve.attention.interface import AttentionStep, DecodeGroup, PrefillSpan
+from quantgate_serve.kv.storage import KVStorage
+from quantgate_serve.loading import LoadedModel
+from quantgate_serve.request import Request, TokenLogprob
+from quantgate_serve.scheduler import Chunk
+
+# A group of decodes is split where padding would read this many times the pages it needs.
+_MAX_PADDING = 1.6
+_MIN_GROUP = 8
+
+Positions = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkResult:
+    """What a chunk gave: the next token if it ended its sequence, and what was asked along."""
+
+    chunk: Chunk
+    token_id: int | None
+    logprob: TokenLogprob | None
+    prompt_logprobs: list[TokenLogprob]
+
+
+class Runner:
+    """Computes steps. Keeps no state between them but the KV storage."""
+
+    def __init__(self, loaded: LoadedModel, kv: KVStorage) -> None:
+        self._model = loaded.model
+        self._device = loaded.device
+        self._kv = kv
+        self._heads = torch.arange(kv.shape.num_kv_heads)
+        self.padded_pages = 0
+        self.used_pages = 0
+
+    @torch.inference_mode()
+    def run(self, plan: Sequence[Chunk]) -> list[ChunkResult]:
+        """Compute `plan`. Writing a chunk twice is harmless, so a failed step can be retried."""
+        decodes = sorted(
+            (chunk for chunk in plan if chunk.length == 1 and chunk.start > 0),
+            key=lambda chunk: chunk.start,
+        )
+        prefills = [chunk for chunk in plan if chunk.length > 1 or chunk.start == 0]
+        ordered = decodes + prefills
+        starts, rows = _rows_to_read(ordered)
+        logits = self._forward(ordered, decodes, prefills, starts, rows)
+        return self._read(ordered, logits)
+
+    def _forward(
+        self,
+        ordered: list[Chunk],
+        decodes: list[Chunk],
+        prefills: list[Chunk],
+        starts: list[int],
+        rows: list[int],
+    ) -> Tensor:
+        """Logits [len(rows), V] in FP32 (of one row where none is read)."""
+        ids = [
+            token
+            for chunk in ordered
+            for token in chunk.request.token_ids[chunk.start : chunk.start + chunk.length]
+        ]
+        positions = np.concatenate(
+            [
+                np.fromiter((chunk.start for chunk in decodes), np.int64, len(decodes)),
+                *(np.arange(chunk.start, chunk.start + chunk.length) for chunk in prefills),
+            ]
+        )
+        step = self._attention_step(decodes, prefills, starts, positions)
+        output = self._model(
+            input_ids=self._to_device(torch.tensor([ids])),
+            position_ids=self._to_device(torch.from_numpy(positions).unsqueeze(0)),
+            use_cache=False,
+            logits_to_keep=self._to_device(torch.tensor(rows or [0])),
+            quantgate_step=step,
+        )
+        logits: Tensor = output.logits[0].float()
+        return logits
+
+    def _attention_step(
+        self, decodes: list[Chunk], prefills: list[Chunk], starts: list[int], positions: Positions
+    ) -> AttentionStep:
+        size = self._kv.page_size
+        page_counts = [chunk.start // size + 1 for chunk in decodes]
+        pages = np.fromiter((c.request.pages[c.start // size] for c in decodes), np.int64)
+        chunk_pages = [np.asarray(chunk.request.pages, dtype=np.int64) for chunk in prefills]
+        spans = []
+        token_pages = [pages]
+        for chunk, held, start in zip(prefills, chunk_pages, starts[len(decodes) :], strict=True):
+            at = positions[start : start + chunk.length]
+            token_pages.append(held[at // size])
+            spans.append(self._span(chunk, held, at, start))
+        slot_rows = self._rows_of(np.concatenate(token_pages)) * size
+        slot_rows += torch.from_numpy(positions % size).unsqueeze(1)
+        return AttentionStep(
+            kv=self._kv,
+            slot_rows=self._to_device(slot_rows.reshape(-1)),
+            decodes=tuple(
+                self._group(decodes[first:end], first, page_counts[end - 1])
+                for first, end in split_by_length(page_counts)
+            ),
+            prefills=tuple(spans),
+        )
+
+    def _group(self, decodes: list[Chunk], start: int, num_pages: int) -> DecodeGroup:
+        table = np.full((len(decodes), num_pages), self._kv.null_page, dtype=np.int64)
+        lengths = np.empty(len(decodes), dtype=np.int64)
+        for row, chunk in enumerate(decodes):
+            held = chunk.request.pages[:num_pages]
+            table[row, : len(held)] = held
+            lengths[row] = chunk.start + 1
+        num_slots = num_pages * self._kv.page_size
+        self.padded_pages += table.size
+        self.used_pages += int(lengths.sum()) // self._kv.page_size
+        heads = len(self._heads)
+        # [B, K, P]: for each sequence and head the rows of its pages.
+        rows = (torch.from_numpy(table) * heads).unsqueeze(1) + self._heads.view(1, -1, 1)
+        is_padding = np.arange(num_slots) >= lengths[:, None]
+        bias = torch.zeros(is_padding.shape, dtype=self._kv.shape.dtype)
+        bias.masked_fill_(torch.from_numpy(is_padding), float("-inf"))
+        return DecodeGroup(
+            start=start,
+            count=len(decodes),
+            page_rows=self._to_device(rows.reshape(-1)),
+            bias=self._to_device(bias.repeat_interleave(heads, dim=0).unsqueeze(1)),
+        )
+
+    def _span(self, chunk: Chunk, held: Positions, at: Positions, start: int) -> PrefillSpan:
+        if chunk.start == 0:
+            return PrefillSpan(start, chunk.length, None, None)
+        num_pages = -(-(chunk.start + chunk.length) // self._kv.page_size)
+        rows = self._rows_of(held[:num_pages]).t().reshape(-1)  # head by head
+        mask = np.arange(num_pages * self._kv.page_size) <= at[:, None]
+        return PrefillSpan(
+            start,
+            chunk.length,
+            self._to_device(rows),
+            self._to_device(torch.from_numpy(mask)),
+        )
+
+    def _rows_of(self, pages: Positions) -> Tensor:
+        """[n, K]: where each head's part of each page lies in the storage."""
+        return (torch.from_numpy(pages) * len(self._heads)).unsqueeze(1) + self._heads
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor if self._device.type == "cpu" else tensor.to(self._device)
+
+    def _read(self, ordered: list[Chunk], logits: Tensor) -> list[ChunkResult]:
+        results: list[ChunkResult] = []
+        row = 0
+        sampled: list[tuple[int, int]] = []  # (index of the result, row of the logits)
+        for chunk in ordered:
+            targets = _prompt_targets(chunk)
+            prompt_logprobs = _read_prompt(chunk, targets, logits[row : row + len(targets)])
+            row += len(targets)
+            if _is_sampled(chunk):
+                sampled.append((len(results), row))
+                row += 1
+            results.append(ChunkResult(chunk, None, None, prompt_logprobs))
+        if not sampled:
+            return results
+        if len(sampled) != logits.shape[0]:
+            logits = logits[[at for _, at in sampled]]
+        requests = [results[index].chunk.request for index, _ in sampled]
+        tokens = sampling.choose_tokens(
+            logits, [r.params for r in requests], [r.num_output for r in requests]
+        )
+        logprobs = _read_logprobs(logits, tokens, requests)
+        for (index, _), token, logprob in zip(sampled, tokens, logprobs, strict=True):
+            old = results[index]
+            results[index] = ChunkResult(old.chunk, token, logprob, old.prompt_logprobs)
+        return results
+
+
+def split_by_length(page_counts: Sequence[int]) -> list[tuple[int, int]]:
+    """Ranges of the ascending `page_counts` to gather together, so that padding stays small."""
+    count = len(page_counts)
+    if count == 0:
+        return []
+    pages = np.asarray(page_counts)
+    if count >= 2 * _MIN_GROUP and count * pages[-1] > _MAX_PADDING * pages.sum():
+        sizes = np.arange(_MIN_GROUP, count - _MIN_GROUP + 1)
+        cost = sizes * pages[sizes - 1] + (count - sizes) * pages[-1]
+        middle = int(sizes[cost.argmin()])
+        upper = split_by_length(page_counts[middle:])
+        return split_by_length(page_counts[:middle]) + [
+            (first + middle, end + middle) for first, end in upper
+        ]
+    return [(0, count)]
+
+
+def _rows_to_read(ordered: list[Chunk]) -> tuple[list[int], list[int]]:
+    """Where each chunk starts in the step, and the rows of the step whose logits are read."""
+    starts, rows = [], []
+    row = 0
+    for chunk in ordered:
+        starts.append(row)
+        rows += [row + target - 1 - chunk.start for target in _prompt_targets(chunk)]
+        row += chunk.length
+        if _is_sampled(chunk):
+            rows.append(row - 1)
+    return starts, rows
+
+
+def _is_sampled(chunk: Chunk) -> bool:
+    return chunk.is_last and chunk.request.params.max_tokens > 0
+
+
+def _prompt_targets(chunk: Chunk) -> range:
+    """Positions of prompt tokens whose log-probability this chunk gives for the first time."""
+    request = chunk.request
+    if not request.params.prompt_logprobs:
+        return range(0)
+    first = max(chunk.start + 1, len(request.prompt_logprobs) + 1)
+    return range(first, max(first, min(chunk.start + chunk.length + 1, request.num_prompt)))
+
+
+def _read_prompt(chunk: Chunk, targets: range, logits: Tensor) -> list[TokenLogprob]:
+    if not targets:
+        return []
+    num_top = chunk.request.params.num_logprobs or 0
+    return sampling.token_logprobs(
+        logits,
+        [chunk.request.prompt_ids[target] for target in targets],
+        num_top=[num_top] * len(targets),
+        wanted_ids=[()] * len(targets),
+    )
+
+
+def _read_logprobs(
+    logits: Tensor, tokens: list[int], requests: list[Request]
+) -> list[TokenLogprob | None]:
+    result: list[TokenLogprob | None] = [None] * len(tokens)
+    wanting = [row for row, request in enumerate(requests) if request.params.wants_logprobs]
+    if not wanting:
+        return result
+    found = sampling.token_logprobs(
+        logits if len(wanting) == len(tokens) else logits[wanting],
+        [tokens[row] for row in wanting],
+        num_top=[requests[row].params.num_logprobs or 0 for row in wanting],
+        wanted_ids=[requests[row].params.logprob_token_ids for row in wanting],
+    )
+    for row, logprob in zip(wanting, found, strict=True):
+        result[row] = logprob
+    return result

@@ -1,0 +1,80 @@
+"""Puts an engine together: sizes the KV pool, wires storage, scheduler and runner."""
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from quantgate_serve.attention.interface import ATTENTION_NAME, register
+from quantgate_serve.attention.torch_paged import paged_attention
+from quantgate_serve.config import ServerSettings
+from quantgate_serve.engine import Engine, EngineLimits
+from quantgate_serve.kv.pool import PAGE_SIZE, PagePool
+from quantgate_serve.kv.prefix import PrefixCache
+from quantgate_serve.kv.storage import KVStorage
+from quantgate_serve.loading import LoadedModel, UnsupportedModelError, load
+from quantgate_serve.metrics import Metrics, peak_device_bytes
+from quantgate_serve.runner import Runner
+from quantgate_serve.scheduler import Scheduler
+
+# Shares of the memory that is free after loading. A CPU server is one process among others.
+_CUDA_SHARE = 0.85
+_CPU_SHARE = 0.10
+_CPU_MAX_TOKENS = 32_768
+
+
+def load_for_serving(folder: Path, settings: ServerSettings) -> LoadedModel:
+    """Load the model with our attention registered."""
+    register(paged_attention)
+    return load(folder, device=settings.device, dtype=settings.dtype, attention=ATTENTION_NAME)
+
+
+def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:
+    """An engine over `loaded` that has not started yet."""
+    kv_tokens = settings.kv_tokens or choose_kv_tokens(loaded, settings)
+    pool = PagePool(kv_tokens // PAGE_SIZE)
+    storage = KVStorage(
+        loaded.kv_shape, num_pages=pool.num_pages, page_size=PAGE_SIZE, device=loaded.device
+    )
+    scheduler = Scheduler(
+        pool,
+        max_batch_size=settings.max_batch_size,
+        max_batched_tokens=settings.max_batched_tokens,
+        prefix_cache=PrefixCache(pool) if settings.prefix_cache else None,
+    )
+    metrics = Metrics(settings.model_name)
+    metrics.weight_bytes = loaded.weight_bytes
+    metrics.kv_bytes = storage.num_bytes
+    if loaded.device.type == "cuda":
+        metrics.peak_memory_bytes = lambda: peak_device_bytes(loaded.device)
+    limits = EngineLimits(
+        context_length=loaded.context_length,
+        max_request_tokens=min(loaded.context_length, pool.num_pages * PAGE_SIZE),
+        max_queued_requests=settings.max_queued_requests,
+        max_queued_tokens=settings.max_queued_tokens,
+    )
+    return Engine(Runner(loaded, storage), scheduler, metrics, limits=limits)
+
+
+def choose_kv_tokens(loaded: LoadedModel, settings: ServerSettings) -> int:
+    """As many tokens as a full batch of full contexts needs, or as memory allows.
+
+    Raises:
+        UnsupportedModelError: not even one page fits.
+    """
+    if loaded.device.type == "cuda":
+        free_bytes = int(torch.cuda.mem_get_info(loaded.device)[0] * _CUDA_SHARE)
+    else:
+        free_bytes = int(psutil.virtual_memory().available * _CPU_SHARE)
+    tokens = min(
+        settings.max_batch_size * loaded.context_length,
+        free_bytes // loaded.kv_shape.bytes_per_token,
+    )
+    if loaded.device.type == "cpu":
+        tokens = min(tokens, max(_CPU_MAX_TOKENS, loaded.context_length))
+    if tokens < PAGE_SIZE:
+        raise UnsupportedModelError(
+            f"{free_bytes} bytes are left for the KV cache, but one page of {PAGE_SIZE} tokens "
+            f"takes {PAGE_SIZE * loaded.kv_shape.bytes_per_token}. Free memory or use a smaller variant."
+        )
+    return tokens
