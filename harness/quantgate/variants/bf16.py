@@ -1,4 +1,4 @@
-"""bf16: every floating-point tensor rounded to BF16, tensor by tensor, without loading the model."""
+"""bf16: every floating-point tensor rounded to BF16, without loading the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Building variants: each in a child process, into a store where the same request finds it again."""
+"""Building variants: each in a child process, into a store that finds the same request again."""
 
 from __future__ import annotations
 
@@ -165,9 +165,9 @@ def _run_child(
     write_json(
         request,
         {
-            "source": str(source.folder),
-            "out": str(out),
-            "notes": str(result),
+            "source": str(source.folder.resolve()),
+            "out": str(out.resolve()),
+            "notes": str(result.resolve()),
             "scheme": scheme,
             "options": dict(options),
             "device": device,
@@ -176,10 +176,12 @@ def _run_child(
     )
     with log.open("wb") as file:
         code = subprocess.run(
-            [sys.executable, "-m", "quantgate.variants.build_process", str(request)],
+            [sys.executable, "-m", "quantgate.variants.build_process", str(request.resolve())],
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
+            # GPTQModel writes logs into the working folder.
+            cwd=out.parent,
             check=False,
         ).returncode
     if code or not result.is_file():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +64,19 @@ def build(source: SourceModel, out: Path, request: BuildRequest) -> BuildNotes:
     ]
     model.quantize(calibration, batch_size=int(request.options.get("batch_size", 4)))
     model.save(str(out))
-    num_modules = _check_log(out / "quant_log.csv")
+    losses = _read_losses(out / "quant_log.csv")
     _store_the_rest_in_bf16(out, bits)
     _drop_paths(out)
-    shutil.rmtree(out / "__pycache__", ignore_errors=True)
     copy_sidecars(source, out)
-    return BuildNotes(notes={"num_quantized_modules": num_modules, "group_size": group_size})
+    worst = max(losses, key=losses.__getitem__)
+    return BuildNotes(
+        notes={
+            "num_quantized_modules": len(losses),
+            "group_size": group_size,
+            "worst_module": worst,
+            "worst_module_loss": losses[worst],
+        }
+    )
 
 
 def _check_widths(source: SourceModel, group_size: int) -> None:
@@ -84,17 +90,22 @@ def _check_widths(source: SourceModel, group_size: int) -> None:
             )
 
 
-def _check_log(path: Path) -> int:
-    """Counts the quantized modules; a silent fallback to rounding is an error, not a variant."""
+def _read_losses(path: Path) -> dict[str, float]:
+    """The loss of each quantized module; a silent fallback to rounding is an error, not a variant.
+
+    The file is removed: it holds wall-clock times, so it would give every build another digest.
+    """
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    fallen = [r["module"] for r in rows if "fallback" in " ".join(map(str, r.values())).lower()]
+    path.unlink()
+    names = [f"layers.{row['layer']}.{row['module']}" for row in rows]
+    fallen = [n for n, row in zip(names, rows, strict=True) if "fallback" in row["loss"]]
     if fallen:
         raise RuntimeError(
             f"GPTQModel fell back to round-to-nearest for {', '.join(fallen[:5])}: too little "
             "calibration data reached them. Give more or longer calibration documents."
         )
-    return len(rows)
+    return {name: float(row["loss"]) for name, row in zip(names, rows, strict=True)}
 
 
 def _store_the_rest_in_bf16(out: Path, bits: int) -> None:

@@ -13,9 +13,6 @@ from quantgate.files import read_json, sha256_of_file, sha256_of_files, write_js
 MANIFEST_NAME = "variant.json"
 SCHEMA_VERSION = 1
 
-# Kept out of digests: ours, and what tools leave behind that no loader reads.
-_NOT_PART_OF_THE_ARTIFACT = (MANIFEST_NAME, "README.md", "quant_log.csv", ".gitattributes")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
@@ -51,7 +48,8 @@ def digest_files(folder: Path) -> dict[str, str]:
     files: dict[str, str] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in _NOT_PART_OF_THE_ARTIFACT:
+        # The manifest describes the other files and cannot list itself.
+        if path.is_file() and name != MANIFEST_NAME:
             files[name] = sha256_of_file(path)
     if not files:
         raise ArtifactError(f"{folder}: no file in it; expected a built variant.")

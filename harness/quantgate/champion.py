@@ -1,0 +1,60 @@
+"""The champion: the variant that serves now, or the policy's default where nothing serves yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantgate.errors import ArtifactError, MeasurementError
+from quantgate.policy import Policy
+from quantgate.variants.build import Variant
+from quantgate.variants.manifest import read_manifest, verify
+from quantgate.variants.source import SourceModel
+from quantgate_serve.config import champion_folder, read_serving_config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Champion:
+    """What performance is compared with."""
+
+    name: str
+    folder: Path
+
+
+def find_champion(
+    policy: Policy, source: SourceModel, variants: Mapping[str, Variant], serving_config: Path
+) -> Champion:
+    """The serving variant when it was made from the same source, else the policy's champion.
+
+    Raises:
+        ArtifactError: the serving variant's bytes changed since it was promoted.
+        MeasurementError: nothing of this source serves, and the policy's champion was not built.
+    """
+    serving = _serving(source, serving_config)
+    if serving is not None:
+        return serving
+    if policy.champion not in variants:
+        raise MeasurementError(
+            f"the champion {policy.champion} could not be built, so there is nothing to compare "
+            "performance with; see the build error above."
+        )
+    return Champion(name=policy.champion, folder=variants[policy.champion].folder)
+
+
+def _serving(source: SourceModel, path: Path) -> Champion | None:
+    if not path.is_file():
+        return None
+    config = read_serving_config(path)
+    if config.champion is None:
+        return None
+    folder = champion_folder(config, path)
+    if not (folder / "variant.json").is_file():
+        return None
+    manifest = read_manifest(folder)
+    if manifest.source_sha256 != source.sha256:
+        return None
+    verify(folder, manifest)
+    if manifest.artifact_sha256 != config.champion.artifact_sha256:
+        raise ArtifactError(f"{folder}: not the bytes that {path} says are serving.")
+    return Champion(name=config.champion.name, folder=folder)

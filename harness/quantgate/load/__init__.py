@@ -1,0 +1,1 @@
+"""Load: seeded workloads, an open-loop client, and paired blocks."""

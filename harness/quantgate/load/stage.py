@@ -1,0 +1,168 @@
+"""The load stage: champion and candidates resident together, measured in paired blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantgate.errors import MeasurementError
+from quantgate.files import read_json, write_json
+from quantgate.load.blocks import block_path, run_blocks
+from quantgate.load.workload import BlockWorkload
+from quantgate.server import Server, ServerOptions, running_server
+
+CHAMPION_ARM = "champion"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One server of the load stage."""
+
+    name: str
+    folder: Path
+    log: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmFacts:
+    """What a server said of itself at the end of its last block."""
+
+    peak_bytes: int
+    oom_count: int
+
+
+def measure_load(
+    champion: Arm,
+    candidates: Sequence[Arm],
+    workloads: Sequence[BlockWorkload],
+    *,
+    folder: Path,
+    arms_together: int | None,
+    options: ServerOptions,
+    warmup_requests: int,
+    timeout_s: float,
+    on_block: Callable[[str, int], None],
+) -> dict[str, str]:
+    """Measures every candidate against the champion; stored rounds are not repeated.
+
+    Args:
+        arms_together: servers resident at a time, champion included, at least 2; None for all.
+
+    Returns:
+        Why there is no load measurement, by candidate; an arm that dies costs its group.
+    """
+    size = len(candidates) if arms_together is None else max(1, arms_together - 1)
+    failures: dict[str, str] = {}
+    for start in range(0, len(candidates), size):
+        group = list(candidates[start : start + size])
+        while group:
+            dead = _measure_group(
+                champion, group, workloads, folder=folder / f"group-{start // size}",
+                options=options, warmup_requests=warmup_requests, timeout_s=timeout_s,
+                on_block=on_block,
+            )  # fmt: skip
+            if dead is None:
+                break
+            arm, reason = dead
+            if arm == CHAMPION_ARM:
+                failures |= {candidate.name: reason for candidate in group}
+                break
+            # The others are measured again without the arm that died: rounds must be whole.
+            failures[arm] = reason
+            group = [candidate for candidate in group if candidate.name != arm]
+    return failures
+
+
+def group_folder(folder: Path, candidate: str) -> Path | None:
+    """The folder of the group in which a candidate was measured; None when it was not."""
+    found = sorted(path.parent for path in folder.glob(f"group-*/{candidate}"))
+    return found[0] if found else None
+
+
+def read_facts(folder: Path, arm: str) -> ArmFacts:
+    """What an arm's server said of itself.
+
+    Raises:
+        MeasurementError: the arm was not measured to its end.
+    """
+    path = folder / arm / "server.json"
+    if not path.is_file():
+        raise MeasurementError(f"{arm}: the load stage did not reach its end")
+    return ArmFacts(**read_json(path))
+
+
+def _measure_group(
+    champion: Arm,
+    candidates: Sequence[Arm],
+    workloads: Sequence[BlockWorkload],
+    *,
+    folder: Path,
+    options: ServerOptions,
+    warmup_requests: int,
+    timeout_s: float,
+    on_block: Callable[[str, int], None],
+) -> tuple[str, str] | None:
+    """Measures one group; returns (arm, reason) when an arm's server failed."""
+    arms = {CHAMPION_ARM: champion, **{arm.name: arm for arm in candidates}}
+    done = _whole_rounds(folder, list(arms), len(workloads))
+    for block in range(done):
+        for name in arms:
+            on_block(name, block)
+    if done == len(workloads) and all((folder / n / "server.json").is_file() for n in arms):
+        return None
+    servers: dict[str, Server] = {}
+    with ExitStack() as stack:
+        for name, arm in arms.items():
+            try:
+                servers[name] = stack.enter_context(
+                    running_server(arm.folder, log=arm.log, options=options)
+                )
+            except MeasurementError as error:
+                return name, str(error)
+        try:
+            run_blocks(
+                servers,
+                workloads,
+                first_block=done,
+                folder=folder,
+                warmup_requests=warmup_requests,
+                timeout_s=timeout_s,
+                on_block=on_block,
+            )
+        except MeasurementError as error:
+            dead = next((n for n, s in servers.items() if s.process.poll() is not None), None)
+            if dead is None:
+                raise
+            return dead, str(error)
+        for name, server in servers.items():
+            try:
+                _write_facts(folder / name / "server.json", server)
+            except MeasurementError as error:
+                return name, str(error)
+    return None
+
+
+def _whole_rounds(folder: Path, arms: Sequence[str], num_blocks: int) -> int:
+    """Rounds at the start in which every arm was measured: they pair, in whichever session."""
+    for block in range(num_blocks):
+        if not all(block_path(folder, arm, block).is_file() for arm in arms):
+            return block
+    return num_blocks
+
+
+def _write_facts(path: Path, server: Server) -> None:
+    counters = server.counters()
+    write_json(
+        path,
+        {
+            "peak_bytes": server.peak_bytes(),
+            "oom_count": int(counters.get("quantgate_oom_total", 0)),
+        },
+    )
+
+
+def workload_digests(workloads: Sequence[BlockWorkload]) -> Mapping[str, str]:
+    """The digest of each block's requests."""
+    return {f"block-{i:02d}": workload.sha256 for i, workload in enumerate(workloads)}

@@ -1,0 +1,207 @@
+"""Asking a running server every item of a golden set, and keeping each answer.
+
+Generation goes through /v1/completions with token ids, so the server tokenises nothing. Choices are
+compared by the log-probability of their tokens after the prompt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from quantgate.errors import MeasurementError
+from quantgate.quality.golden import GoldenSet, Task
+from quantgate.quality.rendering import RenderedPrompt
+
+# Prompts per HTTP request, and requests in flight: enough to keep a batch full, with few messages.
+_PROMPTS_PER_REQUEST = 16
+_REQUESTS_IN_FLIGHT = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What the server said to one item; `error` is None unless it said nothing usable."""
+
+    item_id: str
+    output: str
+    finish_reason: str
+    token_ids: tuple[int, ...] = ()
+    choice_log_probs: tuple[float, ...] = ()
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class _Client:
+    session: aiohttp.ClientSession
+    url: str
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_REQUESTS_IN_FLIGHT))
+
+    async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        """One completion request.
+
+        Raises:
+            MeasurementError: the server refused it or did not answer.
+        """
+        async with self.slots:
+            try:
+                async with self.session.post(f"{self.url}/v1/completions", json=body) as response:
+                    payload: dict[str, Any] = await response.json(content_type=None)
+            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                raise MeasurementError(f"{type(error).__name__}: {error}") from error
+        if response.status != 200:
+            message = payload.get("error", {}).get("message", payload)
+            raise MeasurementError(f"HTTP {response.status}: {message}")
+        return payload
+
+
+def ask_golden_set(
+    url: str,
+    golden: GoldenSet,
+    prompts: Sequence[RenderedPrompt],
+    *,
+    timeout_s: float,
+    on_answers: Callable[[int], None] | None = None,
+) -> list[Answer]:
+    """Asks every item; answers come back in the order of `prompts`.
+
+    A refused or failed item is an Answer with `error`, since a missing answer must count against
+    the variant. `on_answers` is told how many more items have been answered.
+    """
+    return asyncio.run(_ask_all(url, golden, prompts, timeout_s, on_answers or (lambda _: None)))
+
+
+async def _ask_all(
+    url: str,
+    golden: GoldenSet,
+    prompts: Sequence[RenderedPrompt],
+    timeout_s: float,
+    on_answers: Callable[[int], None],
+) -> list[Answer]:
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        client = _Client(session, url)
+        ask = _ask_choices if golden.task.output_type == "multiple_choice" else _ask_texts
+        # Like lengths together, so that a batch is not held by its longest prompt.
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+        size = _PROMPTS_PER_REQUEST
+        groups = [order[start : start + size] for start in range(0, len(order), size)]
+
+        async def answer(group: list[int]) -> list[tuple[int, Answer]]:
+            asked = [prompts[i] for i in group]
+            answers = await ask(client, golden.task, asked)
+            on_answers(len(answers))
+            return list(zip(group, answers, strict=True))
+
+        pairs = [pair for part in await asyncio.gather(*map(answer, groups)) for pair in part]
+    return [answer for _, answer in sorted(pairs, key=lambda pair: pair[0])]
+
+
+async def _ask_texts(
+    client: _Client, task: Task, prompts: Sequence[RenderedPrompt]
+) -> list[Answer]:
+    body = {
+        "max_tokens": task.generation_kwargs.max_gen_toks,
+        "temperature": 0.0,
+        "stop": list(task.generation_kwargs.until) or None,
+        "return_token_ids": True,
+    }
+    choices = await _complete_each(client, body, [list(p.ids) for p in prompts])
+    return [
+        _failed(prompt, choice)
+        if isinstance(choice, str)
+        else Answer(
+            item_id=prompt.item.id,
+            output=choice["text"],
+            finish_reason=choice["finish_reason"],
+            token_ids=tuple(choice["token_ids"]),
+        )
+        for prompt, choice in zip(prompts, choices, strict=True)
+    ]
+
+
+async def _ask_choices(
+    client: _Client, task: Task, prompts: Sequence[RenderedPrompt]
+) -> list[Answer]:
+    answers: dict[str, Answer] = {}
+    short = [p for p in prompts if all(len(ids) == 1 for ids in p.choice_ids)]
+    for ids, group in _by_choices(short):
+        body = {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": list(ids)}
+        choices = await _complete_each(client, body, [list(p.ids) for p in group])
+        for prompt, choice in zip(group, choices, strict=True):
+            answers[prompt.item.id] = (
+                _failed(prompt, choice)
+                if isinstance(choice, str)
+                else _chosen(prompt, _first_token_log_probs(choice, ids))
+            )
+    for prompt in prompts:
+        if prompt.item.id not in answers:
+            answers[prompt.item.id] = await _ask_long_choices(client, prompt)
+    return [answers[p.item.id] for p in prompts]
+
+
+def _by_choices(
+    prompts: Iterable[RenderedPrompt],
+) -> Iterable[tuple[tuple[int, ...], list[RenderedPrompt]]]:
+    """Groups prompts whose single-token choices are the same tokens."""
+    groups: dict[tuple[int, ...], list[RenderedPrompt]] = {}
+    for prompt in prompts:
+        groups.setdefault(tuple(ids[0] for ids in prompt.choice_ids), []).append(prompt)
+    return groups.items()
+
+
+def _first_token_log_probs(choice: dict[str, Any], ids: Sequence[int]) -> tuple[float, ...]:
+    found = choice["logprobs"]["token_id_logprobs"][0]
+    return tuple(float(found[str(i)]) for i in ids)
+
+
+async def _ask_long_choices(client: _Client, prompt: RenderedPrompt) -> Answer:
+    """Scores each choice by the summed log-probability of its tokens, echoed after the prompt."""
+    body = {"max_tokens": 0, "temperature": 0.0, "echo": True, "logprobs": 1}
+    whole = [[*prompt.ids, *ids] for ids in prompt.choice_ids]
+    choices = await _complete_each(client, body, whole)
+    failed = next((choice for choice in choices if isinstance(choice, str)), None)
+    if failed is not None:
+        return _failed(prompt, failed)
+    sums = tuple(
+        sum(choice["logprobs"]["token_logprobs"][len(prompt.ids) :])
+        for choice in choices
+        if not isinstance(choice, str)
+    )
+    return _chosen(prompt, sums)
+
+
+async def _complete_each(
+    client: _Client, body: dict[str, Any], prompts: list[list[int]]
+) -> list[dict[str, Any] | str]:
+    """One choice per prompt, or the reason there is none.
+
+    Prompts travel together; when the server refuses the group each is asked alone, so that one bad
+    item does not cost its neighbours their answers.
+    """
+    try:
+        payload = await client.complete(body | {"prompt": prompts})
+        by_index = {choice["index"]: choice for choice in payload["choices"]}
+        return [by_index[i] for i in range(len(prompts))]
+    except MeasurementError as error:
+        if len(prompts) == 1:
+            return [str(error)]
+    alone = [_complete_each(client, body, [prompt]) for prompt in prompts]
+    return [choice for part in await asyncio.gather(*alone) for choice in part]
+
+
+def _chosen(prompt: RenderedPrompt, log_probs: tuple[float, ...]) -> Answer:
+    best = max(range(len(log_probs)), key=log_probs.__getitem__)
+    return Answer(
+        item_id=prompt.item.id,
+        output=prompt.item.choices[best],
+        finish_reason="stop",
+        choice_log_probs=log_probs,
+    )
+
+
+def _failed(prompt: RenderedPrompt, reason: str) -> Answer:
+    return Answer(item_id=prompt.item.id, output="", finish_reason="error", error=reason)

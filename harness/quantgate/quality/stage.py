@@ -1,0 +1,161 @@
+"""The quality stage of one model: serve it, ask it every golden item, keep the results."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from quantgate.errors import MeasurementError, QuantgateError
+from quantgate.files import read_json, sha256_of_file, sha256_of_json, write_json
+from quantgate.quality.answers import ask_golden_set
+from quantgate.quality.golden import GoldenSet
+from quantgate.quality.lock import changes_since_lock, read_lock
+from quantgate.quality.rendering import RenderedPrompt, Renderer
+from quantgate.quality.results import write_results
+from quantgate.server import ServerOptions, running_server
+
+# `evaluate` keeps its modules' state in process-wide caches.
+_SCORING = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """A model folder to ask: the reference or a variant."""
+
+    name: str
+    folder: Path
+    artifact_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityResult:
+    """Where a model's per-item results lie, and why some are missing."""
+
+    items: Mapping[str, Path]
+    """Parquet by golden set."""
+    missing: Mapping[str, str]
+    """Reason by golden set."""
+    oom_count: int | None
+    """Out-of-memory events of the server while asked; None when it died."""
+    num_reused: int
+
+
+def measure_quality(
+    model: ServedModel,
+    sets: Sequence[GoldenSet],
+    *,
+    store: Path,
+    log: Path,
+    options: ServerOptions,
+    timeout_s: float,
+    on_answers: Callable[[int], None],
+) -> QualityResult:
+    """Asks one model every golden set through the server, unless the store has the answers.
+
+    A set that cannot be asked is in `missing` with its reason; nothing is raised for it.
+    """
+    prompts: dict[str, list[RenderedPrompt]] = {}
+    missing: dict[str, str] = {}
+    renderer = Renderer(model.folder)
+    paths: dict[str, Path] = {}
+    for golden in sets:
+        try:
+            rendered = renderer.render(golden)
+            changes = changes_since_lock(
+                golden, renderer.describe(golden, rendered), read_lock(golden.folder)
+            )
+        except QuantgateError as error:
+            missing[golden.name] = str(error)
+            continue
+        if changes:
+            missing[golden.name] = (
+                f"differs from its lock in {', '.join(changes)}, as {model.name} renders it. "
+                "Restore it, or lock it again if the change was agreed on."
+            )
+            continue
+        prompts[golden.name] = rendered
+        key = _key(model, golden, options)
+        paths[golden.name] = store / f"{golden.name}-{key[:24]}.parquet"
+    asked = [g for g in sets if g.name in paths and not _has_results(paths[g.name])]
+    for golden in sets:
+        if golden not in asked:
+            on_answers(len(golden.items))
+    ooms: int | None = sum(_stored_ooms(p) for n, p in paths.items() if _has_results(p))
+    if asked:
+        try:
+            ooms = (ooms or 0) + _ask(
+                model, asked, prompts, paths, log=log, options=options, timeout_s=timeout_s,
+                on_answers=on_answers,
+            )  # fmt: skip
+        except MeasurementError as error:
+            ooms = None
+            missing |= {g.name: str(error) for g in asked if not _has_results(paths[g.name])}
+    return QualityResult(
+        items={name: path for name, path in paths.items() if name not in missing},
+        missing=missing,
+        oom_count=ooms,
+        num_reused=len(paths) - len(asked),
+    )
+
+
+def _ask(
+    model: ServedModel,
+    sets: Sequence[GoldenSet],
+    prompts: Mapping[str, list[RenderedPrompt]],
+    paths: Mapping[str, Path],
+    *,
+    log: Path,
+    options: ServerOptions,
+    timeout_s: float,
+    on_answers: Callable[[int], None],
+) -> int:
+    total = 0
+    with running_server(model.folder, log=log, options=options) as server:
+        for golden in sets:
+            answers = ask_golden_set(
+                server.url, golden, prompts[golden.name], timeout_s=timeout_s, on_answers=on_answers
+            )
+            # A server that died answers nothing: those are not the variant's answers.
+            ooms = int(server.counters().get("quantgate_oom_total", 0)) - total
+            total += ooms
+            with _SCORING:
+                write_results(paths[golden.name], golden, answers)
+            write_json(_sidecar(paths[golden.name]), {"oom_count": ooms, "model": model.name})
+    return total
+
+
+def _key(model: ServedModel, golden: GoldenSet, options: ServerOptions) -> str:
+    """Results are found by what they depend on, never by a name."""
+    return sha256_of_json(
+        {
+            "artifact": model.artifact_sha256,
+            "lock": dict(read_lock(golden.folder)),
+            "engine": engine_sha256(),
+            "server": options.arguments(),
+        }
+    )
+
+
+@cache
+def engine_sha256() -> str:
+    """The version of the engine: the digest of its code."""
+    root = Path(str(resources.files("quantgate_serve")))
+    files = {p.relative_to(root).as_posix(): sha256_of_file(p) for p in root.rglob("*.py")}
+    return sha256_of_json(files)
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _has_results(path: Path) -> bool:
+    # The sidecar is written last, so a parquet without one belongs to an interrupted run.
+    return path.is_file() and _sidecar(path).is_file()
+
+
+def _stored_ooms(path: Path) -> int:
+    return int(read_json(_sidecar(path))["oom_count"])

@@ -1,0 +1,112 @@
+"""Teacher-forced comparison with the reference: the child process that holds both models.
+
+`python -m quantgate.quality.teacher REQUEST.json` scores the same token ids under the reference and
+under each candidate, through the loader the server uses, and writes one parquet per candidate as
+soon as it is done. KL is KL(reference || candidate) in nats, FP32, over the full vocabulary.
+
+Shapes: T tokens of one document, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def main() -> None:
+    from quantgate_serve import offline
+
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    device = request["device"]
+    documents: list[dict[str, Any]] = request["documents"]
+    reference = offline.load_model(
+        Path(request["reference"]), device=device, dtype=request["dtype"]
+    )
+    for candidate in request["candidates"]:
+        started = time.perf_counter()
+        model = offline.load_model(Path(candidate["folder"]), device=device, dtype=request["dtype"])
+        rows: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        for document in documents:
+            ids = document["ids"]
+            compared = compare_logits(
+                offline.logits(reference, ids), offline.logits(model, ids), ids
+            )
+            count = len(ids) - 1
+            rows["document"] += [document["id"]] * count
+            rows["position"] += range(1, count + 1)
+            for name, values in compared.items():
+                rows[name] += values.tolist()
+        _write(Path(candidate["out"]), rows)
+        seconds = time.perf_counter() - started
+        print(f"{candidate['name']}: {len(rows['position'])} tokens in {seconds:.1f} s", flush=True)
+        del model
+
+
+COLUMNS = (
+    "document",
+    "position",
+    "kl_nats",
+    "is_top1_equal",
+    "reference_nll_nats",
+    "candidate_nll_nats",
+    "is_finite",
+)
+
+
+def compare_logits(reference: Tensor, candidate: Tensor, ids: list[int]) -> dict[str, Tensor]:
+    """Compares next-token distributions at every position that has a next token.
+
+    Args:
+        reference: [T, V] logits.
+        candidate: [T, V'] logits; V' other than V is an error, never cut to fit.
+        ids: the T token ids both were computed on.
+
+    Returns:
+        [T - 1] tensors by column name. KL is clamped at 0, since rounding can make it slightly
+        negative; where a logit is not finite, KL and NLL are 0 and `is_finite` is False.
+
+    Raises:
+        ValueError: the vocabularies differ.
+    """
+    import torch
+
+    if reference.shape != candidate.shape:
+        raise ValueError(
+            f"logits are {tuple(candidate.shape)}, the reference's {tuple(reference.shape)}: the "
+            "candidate's vocabulary was truncated or extended."
+        )
+    next_ids = torch.tensor(ids[1:], device=reference.device).unsqueeze(1)
+    p = torch.log_softmax(reference[:-1].float(), dim=-1)
+    q = torch.log_softmax(candidate[:-1].float(), dim=-1)
+    is_finite = torch.isfinite(reference[:-1]).all(-1) & torch.isfinite(candidate[:-1]).all(-1)
+    kl = (p.exp() * (p - q)).sum(-1).clamp_min(0.0)
+    columns = {
+        "kl_nats": kl,
+        "reference_nll_nats": -p.gather(1, next_ids).squeeze(1),
+        "candidate_nll_nats": -q.gather(1, next_ids).squeeze(1),
+    }
+    zero = torch.zeros_like(kl)
+    cleaned = {name: torch.where(is_finite, value, zero) for name, value in columns.items()}
+    return cleaned | {
+        "is_top1_equal": p.argmax(-1) == q.argmax(-1),
+        "is_finite": is_finite,
+    }
+
+
+def _write(path: Path, rows: dict[str, list[Any]]) -> None:
+    temporary = path.with_suffix(".partial")
+    pq.write_table(pa.table(rows), temporary)
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,344 @@
+"""The record: one MLflow parent run per release, one child run per variant.
+
+The only module that imports mlflow. verdicts.json is on disk before this runs; recording again
+finds the runs of the same release and returns them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantgate.errors import QuantgateError, UsageError
+from quantgate.load.blocks import block_path
+from quantgate.load.results import ArmLoad, read_arm
+from quantgate.load.stage import group_folder
+from quantgate.measure import (
+    Binomial,
+    Clustered,
+    Latencies,
+    Measurement,
+    Missing,
+    PairedBinary,
+    PairedBlocks,
+    Scalar,
+    percentile,
+)
+from quantgate.measurements_file import MeasurementSet, VariantMeasurements, read_measurements
+from quantgate.release_folder import RECORDED, ReleaseFolder
+from quantgate.report.summary import step_summary
+from quantgate.verdict import Decision, Outcome
+from quantgate.verdicts_file import ReleaseVerdicts, read_verdicts, verdicts_sha256
+
+# Sortable in the UI: a worse outcome is a smaller number.
+_GATE_VALUES = {
+    Outcome.PASS: 1.0,
+    Outcome.INCONCLUSIVE: 0.5,
+    Outcome.FAIL: 0.0,
+    Outcome.INVALID: -1.0,
+}
+_MAX_TAG_CHARACTERS = 4900
+_RELEASE_TAG = "quantgate.release"
+
+
+class RecordError(QuantgateError):
+    """The release could not be recorded; its verdicts stay on disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """Where the record is."""
+
+    tracking_uri: str
+    experiment: str
+    run_id: str
+    variant_run_ids: Mapping[str, str]
+
+
+def embedded_uri(runs: Path) -> str:
+    """The MLflow store that needs no server."""
+    return f"sqlite:///{runs.resolve() / 'mlflow.db'}"
+
+
+def record_release(release: ReleaseFolder, *, tracking_uri: str | None = None) -> Recorded:
+    """Records a judged release.
+
+    Args:
+        tracking_uri: an MLflow server or database; None for the embedded store under runs/.
+
+    Raises:
+        UsageError: mlflow is not installed, or the release is not judged.
+        RecordError: the store cannot be reached.
+    """
+    verdicts = read_verdicts(release.verdicts)
+    measurements = read_measurements(release.measurements)
+    state = release.read_state()
+    uri = tracking_uri or embedded_uri(release.runs)
+    mlflow = _import_mlflow()
+    with _locked(release.runs):
+        try:
+            recorded = _record(mlflow, uri, release, state, verdicts, measurements)
+        except mlflow.exceptions.MlflowException as error:
+            raise RecordError(f"{uri}: {error}") from error
+    release.update_state(
+        stage=RECORDED, record={"tracking_uri": recorded.tracking_uri, "run_id": recorded.run_id}
+    )
+    return recorded
+
+
+def _import_mlflow() -> Any:
+    # Read when mlflow is imported: without it, usage data is sent over the network.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    try:
+        import mlflow
+    except ImportError as error:
+        raise UsageError(
+            "recording needs mlflow, which is not installed. Write: pip install 'quantgate[record]'"
+        ) from error
+    return mlflow
+
+
+@contextmanager
+def _locked(runs: Path) -> Iterator[None]:
+    """One recorder at a time: concurrent first opens of a SQLite store break it for good."""
+    with (runs / ".mlflow.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _record(
+    mlflow: Any,
+    uri: str,
+    release: ReleaseFolder,
+    state: Mapping[str, Any],
+    verdicts: ReleaseVerdicts,
+    measurements: MeasurementSet,
+) -> Recorded:
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    name = f"{state['source']['name']}/release-gates"
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        embedded = uri == embedded_uri(release.runs)
+        location = (release.runs.resolve() / "artifacts").as_uri() if embedded else None
+        experiment_id = client.create_experiment(name, artifact_location=location)
+    else:
+        experiment_id = experiment.experiment_id
+    digest = verdicts_sha256(verdicts)
+    found = client.search_runs(
+        [experiment_id],
+        f"tags.`{_RELEASE_TAG}` = '{release.release_id}' and tags.`verdicts_sha256` = '{digest}'",
+    )
+    if found:
+        parent = next(r for r in found if "mlflow.parentRunId" not in r.data.tags)
+        children = {
+            r.data.tags["variant"]: r.info.run_id for r in found if "variant" in r.data.tags
+        }
+        return Recorded(
+            tracking_uri=uri, experiment=name, run_id=parent.info.run_id, variant_run_ids=children
+        )
+    children = {}
+    shared = {
+        _RELEASE_TAG: release.release_id,
+        "policy": verdicts.policy,
+        "policy_sha256": verdicts.policy_sha256,
+        "verdicts_sha256": digest,
+        "source_sha256": state["source"]["sha256"],
+        **_machine_tags(state["machine"]),
+    }
+    approved = [d.variant for d in verdicts.decisions if d.approved]
+    summary = step_summary(verdicts.decisions, title=release.release_id)
+    parent = client.create_run(
+        experiment_id,
+        run_name=release.release_id,
+        tags=shared
+        | {
+            "approved": ", ".join(approved) or "none",
+            "champion": verdicts.champion,
+            "reference": verdicts.reference,
+            "mlflow.note.content": summary[:_MAX_TAG_CHARACTERS],
+        },
+    )
+    parent_id = parent.info.run_id
+    _log(mlflow, client, parent_id, params={"model": state["source"]["name"]}, metrics=[
+        ("release/approved_count", float(len(approved)), 0),
+        ("release/variant_count", float(len(verdicts.decisions)), 0),
+    ])  # fmt: skip
+    for path in (release.policy, release.measurements, release.verdicts):
+        client.log_artifact(parent_id, str(path))
+    client.log_text(parent_id, summary, "summary.md")
+    for golden_set, lock_sha256 in state["golden_sets"].items():
+        _log_golden_set(mlflow, client, parent_id, golden_set, lock_sha256)
+    for decision in verdicts.decisions:
+        children[decision.variant] = _record_variant(
+            mlflow, client, experiment_id, parent_id, release, decision,
+            measurements.variants.get(decision.variant), shared,
+        )  # fmt: skip
+    # The parent ends last: a release cut short stays visibly unfinished, and is recorded again.
+    client.set_terminated(parent_id)
+    return Recorded(tracking_uri=uri, experiment=name, run_id=parent_id, variant_run_ids=children)
+
+
+def _record_variant(
+    mlflow: Any,
+    client: Any,
+    experiment_id: str,
+    parent_id: str,
+    release: ReleaseFolder,
+    decision: Decision,
+    measured: VariantMeasurements | None,
+    shared: Mapping[str, str],
+) -> str:
+    worst = min(decision.outcomes, key=lambda outcome: _GATE_VALUES[outcome])
+    tags = {
+        **shared,
+        "mlflow.parentRunId": parent_id,
+        "variant": decision.variant,
+        "decision": "approved" if decision.approved else "not approved",
+        "gate.verdict": str(worst),
+        "mlflow.note.content": step_summary([decision], title=decision.variant)[
+            :_MAX_TAG_CHARACTERS
+        ],
+    }
+    tags |= {f"gate.{verdict.gate_id}": str(verdict.outcome) for verdict in decision.verdicts}
+    params = {"variant": decision.variant}
+    if measured is not None:
+        tags["artifact_sha256"] = measured.artifact_sha256
+        params |= {"scheme": measured.scheme, "artifact": measured.artifact_sha256[:12]}
+    run = client.create_run(
+        experiment_id, run_name=f"{decision.variant} {release.release_id}", tags=tags
+    )
+    run_id: str = run.info.run_id
+    metrics = [
+        (f"gate/{verdict.gate_id}", _GATE_VALUES[verdict.outcome], 0)
+        for verdict in decision.verdicts
+    ]
+    metrics += [
+        (
+            "gate/failed_count",
+            float(sum(v.outcome is not Outcome.PASS for v in decision.verdicts)),
+            0,
+        )
+    ]
+    if measured is not None:
+        for measurement in measured.measurements.values():
+            metrics += [(name, value, 0) for name, value in metrics_of(measurement)]
+    metrics += _block_metrics(release, decision.variant)
+    _log(mlflow, client, run_id, params=params, metrics=metrics)
+    client.log_table(run_id, _table(decision), "gates.json")
+    client.log_text(run_id, "\n".join(v.line() for v in decision.verdicts) + "\n", "verdicts.txt")
+    folder = release.variant(decision.variant)
+    if folder.is_dir():
+        client.log_artifacts(run_id, str(folder), "items")
+    client.set_terminated(run_id)
+    return run_id
+
+
+def metrics_of(measurement: Measurement) -> list[tuple[str, float]]:
+    """What a chart can show of a measurement; nothing for one that is missing."""
+    name = measurement.metric
+    match measurement:
+        case Missing():
+            return []
+        case Scalar():
+            return [(name, measurement.value)]
+        case Binomial():
+            return [(name, measurement.events / measurement.trials)]
+        case PairedBinary():
+            right = measurement.both + measurement.candidate_only
+            drop = measurement.reference_only - measurement.candidate_only
+            return [(name, right / measurement.n), (f"{name}.drop", drop / measurement.n)]
+        case Clustered():
+            mean = sum(measurement.totals) / sum(measurement.counts)
+            if measurement.transform == "exp":
+                return [(name, math.exp(mean))]
+            return [(f"{name}.change" if measurement.paired else name, mean)]
+        case PairedBlocks():
+            pairs = zip(measurement.champion, measurement.candidate, strict=True)
+            logs = [math.log(candidate / champion) for champion, candidate in pairs]
+            return [(name, math.exp(sum(logs) / len(logs)))]
+        case Latencies():
+            value = percentile(measurement.values, 95.0, num_infinite=measurement.failed)
+            return [] if value is None else [(name, value)]
+
+
+def _block_metrics(release: ReleaseFolder, variant: str) -> list[tuple[str, float, int]]:
+    """Throughput and p95 of each block, with the block as the step."""
+    folder = group_folder(release.load, variant)
+    if folder is None:
+        return []
+    num_blocks = 0
+    while block_path(folder, variant, num_blocks).is_file():
+        num_blocks += 1
+    load: ArmLoad = read_arm(folder, variant, num_blocks)
+    rates = load.output_tok_per_s()
+    metrics = [("blocks/output_tok_per_s", value, step) for step, value in enumerate(rates)]
+    p95s = load.e2e_p95_ms()
+    return metrics + [
+        ("blocks/e2e_ms.p95", value, step) for step, value in enumerate(p95s) if value is not None
+    ]
+
+
+def _table(decision: Decision) -> dict[str, list[Any]]:
+    """The verdicts as columns, for the UI's table that compares runs."""
+    rows = [
+        {
+            "variant": v.variant,
+            "gate": v.gate_id,
+            "verdict": str(v.outcome),
+            "metric": v.metric,
+            "observed": v.observed(),
+            "bounds": v.bounds(),
+            "limit": v.allowed(),
+            "n": v.n,
+            "reason": v.reason,
+        }
+        for v in decision.verdicts
+    ]
+    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {"variant": []}
+
+
+def _machine_tags(machine: Mapping[str, Any]) -> dict[str, str]:
+    tags = {"machine.cpu": machine["cpu"], "machine.cores": machine["num_cores"]}
+    if gpus := machine.get("gpus"):
+        tags["machine.gpus"] = ", ".join(gpus)
+    if commit := machine.get("commit"):
+        tags["commit"] = f"{commit}{' (dirty)' if machine['is_dirty'] else ''}"
+    packages = machine["packages"]
+    return {k: str(v) for k, v in tags.items()} | {f"version.{p}": v for p, v in packages.items()}
+
+
+def _log(
+    mlflow: Any,
+    client: Any,
+    run_id: str,
+    *,
+    params: Mapping[str, str],
+    metrics: list[tuple[str, float, int]],
+) -> None:
+    """One batch: fifty single calls to a SQLite store take 1.4 s."""
+    from mlflow.entities import Metric, Param
+
+    now_ms = int(client.get_run(run_id).info.start_time)
+    client.log_batch(
+        run_id,
+        metrics=[Metric(name, value, now_ms, step) for name, value, step in metrics],
+        params=[Param(name, value) for name, value in params.items()],
+    )
+
+
+def _log_golden_set(mlflow: Any, client: Any, run_id: str, name: str, lock_sha256: str) -> None:
+    from mlflow.data.code_dataset_source import CodeDatasetSource
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.entities import DatasetInput, InputTag
+
+    # MLflow caps a dataset's digest at 36 characters, so the whole one is in the source's tags.
+    source = CodeDatasetSource(tags={"golden_set": name, "lock_sha256": lock_sha256})
+    dataset = MetaDataset(source, name=name, digest=lock_sha256[:32])
+    tag = InputTag(key="mlflow.data.context", value="golden set")
+    client.log_inputs(run_id, [DatasetInput(dataset=dataset._to_mlflow_entity(), tags=[tag])])

@@ -1,0 +1,134 @@
+"""From a variant's files to its measurements: every metric has a value or a reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantgate.errors import MeasurementError
+from quantgate.load.results import (
+    ABSOLUTE_METRICS,
+    RATIO_METRICS,
+    ArmLoad,
+    absolute_latency,
+    compare_arms,
+    read_arm,
+)
+from quantgate.load.stage import CHAMPION_ARM, group_folder, read_facts
+from quantgate.measure import Binomial, Measurement, Missing, Scalar
+from quantgate.quality import distribution
+from quantgate.quality.golden import GoldenSet
+from quantgate.quality.results import count_errors, missing_golden_set, reduce_golden_set
+from quantgate.quality.stage import QualityResult
+from quantgate.release_folder import ReleaseFolder
+
+MEMORY_METRIC = "memory/peak_bytes.max"
+OOM_METRIC = "stability/oom.count"
+ERROR_METRIC = "stability/error.rate"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VariantEvidence:
+    """What the stages say of one variant, beside the files they wrote."""
+
+    name: str
+    golden_sets: Sequence[GoldenSet]
+    reference: QualityResult
+    candidate: QualityResult
+    overlap: str | None
+    distribution_failure: str | None
+    load_failure: str | None
+    num_blocks: int
+
+
+def reduce_variant(evidence: VariantEvidence, release: ReleaseFolder) -> Mapping[str, Measurement]:
+    """All measurements of one variant, by metric."""
+    measurements = [
+        *_quality(evidence, release),
+        *_distribution(evidence, release),
+        *_load(evidence, release),
+    ]
+    return {measurement.metric: measurement for measurement in measurements}
+
+
+def _quality(evidence: VariantEvidence, release: ReleaseFolder) -> list[Measurement]:
+    measurements: list[Measurement] = []
+    for golden in evidence.golden_sets:
+        name = golden.name
+        reason = (
+            evidence.overlap
+            or _about("the reference", evidence.reference.missing.get(name))
+            or evidence.candidate.missing.get(name)
+        )
+        if reason:
+            measurements += missing_golden_set(golden, reason)
+            continue
+        items = release.items(evidence.name, name)
+        measurements += reduce_golden_set(
+            golden, evidence.reference.items[name], items, source=_source(items, release)
+        )
+    return measurements
+
+
+def _about(whom: str, reason: str | None) -> str | None:
+    return f"{whom}: {reason}" if reason else None
+
+
+def _distribution(evidence: VariantEvidence, release: ReleaseFolder) -> list[Measurement]:
+    path = release.distribution(evidence.name)
+    reason = evidence.overlap or evidence.distribution_failure
+    if reason is None and not path.is_file():
+        return []
+    if reason:
+        return [Missing(metric=metric, reason=reason) for metric in distribution.METRICS]
+    return distribution.reduce_distribution(path, source=_source(path, release))
+
+
+def _load(evidence: VariantEvidence, release: ReleaseFolder) -> list[Measurement]:
+    if not evidence.num_blocks:
+        return []
+    everything = (*RATIO_METRICS, *ABSOLUTE_METRICS, MEMORY_METRIC, OOM_METRIC, ERROR_METRIC)
+    folder = group_folder(release.load, evidence.name)
+    try:
+        if evidence.load_failure or folder is None:
+            raise MeasurementError(evidence.load_failure or "the load stage was not run")
+        champion = read_arm(folder, CHAMPION_ARM, evidence.num_blocks)
+        candidate = read_arm(folder, evidence.name, evidence.num_blocks)
+        facts = read_facts(folder, evidence.name)
+    except MeasurementError as error:
+        return [Missing(metric=metric, reason=str(error)) for metric in everything]
+    source = _source(folder / evidence.name, release)
+    return [
+        *compare_arms(champion, candidate, source=source),
+        absolute_latency(candidate, source=source),
+        Scalar(metric=MEMORY_METRIC, value=facts.peak_bytes, unit="B", n=1, source=source),
+        *_stability(evidence, release, candidate, facts.oom_count, source=source),
+    ]
+
+
+def _stability(
+    evidence: VariantEvidence,
+    release: ReleaseFolder,
+    load: ArmLoad,
+    load_ooms: int,
+    *,
+    source: str,
+) -> list[Measurement]:
+    """Errors and OOMs over both stages that talk to the server."""
+    counted = [count_errors(release.items(evidence.name, n)) for n in evidence.candidate.items]
+    num_errors = load.num_errors + sum(errors for errors, _ in counted)
+    num_requests = load.num_requests + sum(requests for _, requests in counted)
+    errors = Binomial(metric=ERROR_METRIC, events=num_errors, trials=num_requests, source=source)
+    if evidence.candidate.oom_count is None:
+        reason = "the server ended while golden sets were asked, so its count is lost"
+        return [errors, Missing(metric=OOM_METRIC, reason=reason)]
+    ooms = load_ooms + evidence.candidate.oom_count
+    return [
+        errors,
+        Scalar(metric=OOM_METRIC, value=ooms, unit="count", n=num_requests, source=source),
+    ]
+
+
+def _source(path: Path, release: ReleaseFolder) -> str:
+    return path.relative_to(release.path).as_posix()

@@ -1,0 +1,480 @@
+"""The main job: build, serve, measure, judge, one readable function.
+
+What each stage writes is on disk before the next one starts, so an interrupted release goes on
+where it stopped, and judging can be done again anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantgate.champion import Champion, find_champion
+from quantgate.errors import MeasurementError, UsageError
+from quantgate.files import sha256_of_json, write_json
+from quantgate.load.stage import Arm, measure_load, workload_digests
+from quantgate.load.workload import BlockWorkload, make_block_workload
+from quantgate.machine import choose_device, describe_machine
+from quantgate.measurements_file import (
+    MeasurementSet,
+    VariantMeasurements,
+    read_measurements,
+    write_measurements,
+)
+from quantgate.policy import SOURCE, Policy, load_policy
+from quantgate.progress import Progress
+from quantgate.quality.distribution import compare_with_reference
+from quantgate.quality.golden import GoldenSet, find_golden_set, load_golden_set
+from quantgate.quality.lock import lock_sha256
+from quantgate.quality.overlap import find_overlap
+from quantgate.quality.rendering import RenderedPrompt, Renderer
+from quantgate.quality.stage import QualityResult, ServedModel, engine_sha256, measure_quality
+from quantgate.reduce import VariantEvidence, reduce_variant
+from quantgate.release_folder import JUDGED, MEASURED, ReleaseFolder, open_release, store_of
+from quantgate.server import ServerOptions
+from quantgate.variants.build import Variant, adopt_variant, build_variant
+from quantgate.variants.calibration import CalibrationSet, load_calibration
+from quantgate.variants.source import SourceModel, open_source
+from quantgate.verdict import Decision, judge_release
+from quantgate.verdicts_file import ReleaseVerdicts, collect_verdicts, write_verdicts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseRequest:
+    """What the command line may say beside the policy; None leaves it to the policy."""
+
+    policy: Policy
+    runs: Path
+    serving_config: Path
+    model: str | None = None
+    device: str | None = None
+    variants: Sequence[str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseResult:
+    """A judged release."""
+
+    folder: ReleaseFolder
+    verdicts: ReleaseVerdicts
+    decisions: tuple[Decision, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """Everything checked before the first weight is touched."""
+
+    policy: Policy
+    source: SourceModel
+    device: str
+    names: tuple[str, ...]
+    golden_sets: tuple[GoldenSet, ...]
+    documents: GoldenSet | None
+    calibration: CalibrationSet | None
+    server: ServerOptions
+    runs: Path
+
+    @property
+    def timeout_s(self) -> float:
+        return self.policy.serving.timeout.to("s")
+
+    @property
+    def dtype(self) -> str:
+        # Where the CPU multiplies BF16 by emulation, FP32 arithmetic on the variant's own rounded
+        # weights is both faster and the same everywhere.
+        return "float32" if self.device == "cpu" else "auto"
+
+
+def run_release(request: ReleaseRequest, progress: Progress) -> ReleaseResult:
+    """Builds, measures and judges every variant of a policy.
+
+    Raises:
+        UsageError: the policy, the model or a golden set cannot be used; nothing was run.
+        ArtifactError: an artifact's bytes changed.
+        MeasurementError: a baseline could not be built, so nothing can be compared.
+    """
+    return judge_stored(measure_release(request, progress))
+
+
+def measure_release(request: ReleaseRequest, progress: Progress) -> ReleaseFolder:
+    """Everything up to measurements.json; see `run_release`."""
+    plan = _plan(request)
+    release = open_release(plan.runs, plan.policy, _identity(plan))
+    release.update_state(
+        machine=describe_machine(),
+        source={"name": plan.source.name, "sha256": plan.source.sha256},
+        golden_sets={g.name: lock_sha256(g.folder) for g in _all_sets(plan)},
+    )
+    variants, failures = _build(plan, progress)
+    release.update_state(
+        build_failures=failures,
+        variants={
+            name: {
+                "folder": _relative(variant.folder, plan.runs),
+                "scheme": variant.manifest.scheme,
+                "artifact_sha256": variant.manifest.artifact_sha256,
+            }
+            for name, variant in variants.items()
+        },
+    )
+    champion = find_champion(plan.policy, plan.source, variants, request.serving_config)
+    quality = _measure_quality(plan, release, variants, progress)
+    distribution = _measure_distribution(plan, release, variants, progress)
+    load = _measure_load(plan, release, variants, champion, progress)
+    measured = {
+        name: VariantMeasurements(
+            variant=name,
+            scheme=plan.policy.variants[name].scheme,
+            artifact_sha256=variant.manifest.artifact_sha256,
+            measurements=reduce_variant(
+                VariantEvidence(
+                    name=name,
+                    golden_sets=plan.golden_sets,
+                    reference=quality[plan.policy.reference],
+                    candidate=quality[name],
+                    overlap=_overlap(plan, variant),
+                    distribution_failure=distribution.get(name),
+                    load_failure=load.get(name),
+                    num_blocks=plan.policy.workload.blocks if plan.policy.workload else 0,
+                ),
+                release,
+            ),
+        )
+        for name, variant in variants.items()
+    }
+    write_measurements(
+        release.measurements,
+        MeasurementSet(
+            release_id=release.release_id,
+            policy_sha256=plan.policy.sha256,
+            reference=plan.policy.reference,
+            champion=champion.name,
+            variants=measured,
+        ),
+    )
+    release.update_state(stage=MEASURED, judged_variants=list(plan.names))
+    return release
+
+
+def build_variants(request: ReleaseRequest, progress: Progress) -> dict[str, Variant]:
+    """Builds a policy's variants, or finds them built.
+
+    Raises:
+        MeasurementError: one could not be built.
+    """
+    variants, failures = _build(_plan(request), progress)
+    if failures:
+        raise MeasurementError("\n".join(f"{name}: {why}" for name, why in failures.items()))
+    return variants
+
+
+def judge_stored(
+    release: ReleaseFolder, *, policy: Policy | None = None, variants: Sequence[str] | None = None
+) -> ReleaseResult:
+    """Judges what a release measured, and writes verdicts.json; needs no model and no torch.
+
+    Args:
+        policy: another policy than the one measured for; verdicts.json is then left as it is, since
+            promotion follows the release's own policy.
+        variants: None for those the release was asked to judge.
+    """
+    own = load_policy(release.policy)
+    measurements = read_measurements(release.measurements)
+    names = tuple(variants or release.read_state().get("judged_variants") or own.variants)
+    decisions = judge_release(policy or own, measurements, variants=names)
+    verdicts = collect_verdicts(policy or own, measurements, decisions)
+    if policy is None and variants is None:
+        write_verdicts(release.verdicts, verdicts)
+        if release.read_state()["stage"] == MEASURED:
+            release.update_state(stage=JUDGED)
+    return ReleaseResult(folder=release, verdicts=verdicts, decisions=decisions)
+
+
+def _plan(request: ReleaseRequest) -> _Plan:
+    policy = request.policy
+    source = open_source(request.model or policy.model)
+    names = tuple(request.variants or policy.variants)
+    unknown = [name for name in names if name not in policy.variants]
+    if unknown:
+        raise UsageError(f"--variants {unknown[0]}: the policy has {', '.join(policy.variants)}.")
+    device = choose_device(request.device or policy.device)
+    golden_folders = [
+        Path("golden_sets"),
+        policy.path.parent / "golden_sets",
+        policy.path.resolve().parents[1].parent / "golden_sets",
+    ]
+
+    def golden(name: str) -> GoldenSet:
+        return load_golden_set(find_golden_set(name, folders=golden_folders))
+
+    calibration = None
+    if policy.calibration is not None:
+        calibration = load_calibration(
+            _find_file(policy, policy.calibration.path),
+            source,
+            max_documents=policy.calibration.max_documents,
+            max_tokens=policy.calibration.max_tokens,
+        )
+    serving = policy.serving
+    return _Plan(
+        policy=policy,
+        source=source,
+        device=device,
+        names=names,
+        golden_sets=tuple(golden(name) for name in policy.golden_sets),
+        documents=golden(policy.distribution.golden_set) if policy.distribution else None,
+        calibration=calibration,
+        server=ServerOptions(
+            device=device,
+            threads=serving.threads,
+            max_batch_size=serving.max_batch_size,
+            max_batched_tokens=serving.max_batched_tokens,
+            kv_tokens=serving.kv_tokens,
+        ),
+        runs=request.runs,
+    )
+
+
+def _find_file(policy: Policy, name: str) -> Path:
+    """A file named in a policy: from the working folder, the policy's folder, or its project."""
+    bases = [Path(), policy.path.parent, policy.path.resolve().parents[1].parent]
+    for base in bases:
+        if (base / name).is_file():
+            return base / name
+    looked = ", ".join(str(base / name) for base in bases)
+    raise UsageError(f"{policy.path}: file {name!r} not found; looked for {looked}.")
+
+
+def _identity(plan: _Plan) -> dict[str, object]:
+    """What must be equal for an interrupted release to go on."""
+    return {
+        "policy_sha256": plan.policy.sha256,
+        "source_sha256": plan.source.sha256,
+        "engine_sha256": engine_sha256(),
+        "device": plan.device,
+        "variants": list(plan.names),
+        "golden_sets": {g.name: g.items_sha256 for g in plan.golden_sets},
+    }
+
+
+def _build(plan: _Plan, progress: Progress) -> tuple[dict[str, Variant], dict[str, str]]:
+    """Builds or adopts each variant; one that cannot be built is INVALID, not the end."""
+    names = list(plan.names)
+    for baseline in (plan.policy.champion, plan.policy.reference):
+        # A baseline is built also when only others are asked for.
+        if baseline != SOURCE and baseline not in names:
+            names.append(baseline)
+    progress.stage("build", len(names))
+    variants: dict[str, Variant] = {}
+    failures: dict[str, str] = {}
+    for name in names:
+        spec = plan.policy.variants[name]
+        try:
+            if spec.path is not None:
+                variant = adopt_variant(Path(spec.path), name=name, scheme=spec.scheme)
+            else:
+                group = {"group_size": spec.group_size} if spec.group_size else {}
+                variant = build_variant(
+                    plan.source,
+                    name=name,
+                    scheme=spec.scheme,
+                    options=spec.options | group,
+                    device=plan.device,
+                    calibration=plan.calibration,
+                    store=store_of(plan.runs) / "variants",
+                )
+        except MeasurementError as error:
+            failures[name] = str(error)
+            progress.note(f"{name}: {error}")
+            progress.step(note=f"{name} failed")
+        else:
+            variants[name] = variant
+            progress.step(note=f"{name} {'reused' if variant.is_reused else 'built'}")
+    if plan.policy.reference in failures:
+        raise MeasurementError(
+            f"the reference {plan.policy.reference} could not be built, so there is nothing to "
+            f"compare quality with: {failures[plan.policy.reference]}"
+        )
+    return variants, failures
+
+
+def _measure_quality(
+    plan: _Plan, release: ReleaseFolder, variants: dict[str, Variant], progress: Progress
+) -> dict[str, QualityResult]:
+    """Asks the reference and every variant the golden sets, two servers at a time on a CPU."""
+    models = [
+        ServedModel(name=v.name, folder=v.folder, artifact_sha256=v.manifest.artifact_sha256)
+        for v in variants.values()
+    ]
+    if plan.policy.reference == SOURCE:
+        source = plan.source
+        models.insert(
+            0, ServedModel(name=SOURCE, folder=source.folder, artifact_sha256=source.sha256)
+        )
+    num_items = sum(len(golden.items) for golden in plan.golden_sets)
+    progress.stage("quality", num_items * len(models))
+
+    def measure(model: ServedModel) -> QualityResult:
+        return measure_quality(
+            model,
+            plan.golden_sets,
+            store=store_of(plan.runs) / "results",
+            log=release.log(model.name),
+            options=plan.server,
+            timeout_s=plan.timeout_s * 10,
+            on_answers=lambda count: progress.step(count, model.name),
+        )
+
+    # A server with one thread leaves the other core to its neighbour; a GPU is not shared.
+    together = 2 if plan.device == "cpu" and plan.server.threads == 1 else 1
+    with ThreadPoolExecutor(max_workers=together) as pool:
+        results = dict(zip((m.name for m in models), pool.map(measure, models), strict=True))
+    for name, result in results.items():
+        for golden, path in result.items.items():
+            _copy(path, release.items(name, golden))
+        for golden, reason in result.missing.items():
+            progress.note(f"{name}: {golden}: {reason.splitlines()[0]}")
+    return results
+
+
+def _measure_distribution(
+    plan: _Plan, release: ReleaseFolder, variants: dict[str, Variant], progress: Progress
+) -> dict[str, str]:
+    """Teacher-forced KL against the reference; returns failures by variant."""
+    if plan.policy.distribution is None or plan.documents is None:
+        return {}
+    progress.stage("distribution", len(variants))
+    reference = plan.source.folder
+    reference_sha256 = plan.source.sha256
+    if plan.policy.reference != SOURCE:
+        reference = variants[plan.policy.reference].folder
+        reference_sha256 = variants[plan.policy.reference].manifest.artifact_sha256
+    rendered = Renderer(reference).render(plan.documents)
+    max_tokens = plan.policy.distribution.max_tokens
+    store = store_of(plan.runs) / "results"
+    store.mkdir(parents=True, exist_ok=True)
+    paths: dict[str, Path] = {}
+    for name, variant in variants.items():
+        key = sha256_of_json(
+            {
+                "reference": reference_sha256,
+                "candidate": variant.manifest.artifact_sha256,
+                "items": plan.documents.items_sha256,
+                "max_tokens": max_tokens,
+                "dtype": plan.dtype,
+                "device": plan.device,
+                "engine": engine_sha256(),
+            }
+        )
+        paths[name] = store / f"distribution-{key[:24]}.parquet"
+    wanted = {n: v.folder for n, v in variants.items() if not paths[n].is_file()}
+    for name in variants:
+        if name not in wanted:
+            progress.step(note=f"{name} reused")
+    failures = compare_with_reference(
+        reference,
+        wanted,
+        _with_next_token(rendered, max_tokens),
+        out=paths,
+        log=release.path / "distribution.log",
+        device=plan.device,
+        dtype=plan.dtype,
+        max_tokens=max_tokens,
+        on_done=lambda name: progress.step(note=name),
+    )
+    for name, path in paths.items():
+        if path.is_file():
+            _copy(path, release.distribution(name))
+    for name, reason in failures.items():
+        progress.note(f"{name}: {reason}")
+    return failures
+
+
+def _with_next_token(rendered: list[RenderedPrompt], max_tokens: int) -> list[RenderedPrompt]:
+    usable = [document for document in rendered if min(len(document.ids), max_tokens) >= 2]
+    if not usable:
+        raise UsageError("distribution: no document has two tokens, so nothing can be compared.")
+    return usable
+
+
+def _measure_load(
+    plan: _Plan,
+    release: ReleaseFolder,
+    variants: dict[str, Variant],
+    champion: Champion,
+    progress: Progress,
+) -> dict[str, str]:
+    """Paired blocks of every variant against the champion; returns failures by variant."""
+    workload = plan.policy.workload
+    if workload is None:
+        return {}
+    workloads = _workloads(plan)
+    write_json(release.load / "workload.json", workload_digests(workloads))
+    progress.stage("load", workload.blocks * (len(variants) + 1))
+    return measure_load(
+        Arm(name=champion.name, folder=champion.folder, log=release.load / "champion.log"),
+        [
+            Arm(name=name, folder=variant.folder, log=release.log(name))
+            for name, variant in variants.items()
+        ],
+        workloads,
+        folder=release.load,
+        # On a GPU two models with equal KV budgets stay resident; on a CPU all of them.
+        arms_together=None if plan.device == "cpu" else 2,
+        options=plan.server,
+        warmup_requests=workload.warmup_requests,
+        timeout_s=plan.timeout_s,
+        on_block=lambda arm, block: progress.step(note=f"round {block + 1}, {arm}"),
+    )
+
+
+def _workloads(plan: _Plan) -> list[BlockWorkload]:
+    workload = plan.policy.workload
+    if workload is None:
+        return []
+    renderer = Renderer(plan.source.folder)
+    prompts = [prompt.ids for golden in _all_sets(plan) for prompt in renderer.render(golden)]
+    if not prompts:
+        raise UsageError(
+            "workload: prompts are cut from the golden sets, and the policy names none; "
+            "add golden_sets or distribution."
+        )
+    return [
+        make_block_workload(
+            prompts,
+            seed=workload.seed,
+            block=block,
+            burst_requests=workload.burst_requests,
+            steady_requests=workload.requests,
+            rate_rps=workload.rate.to("req/s"),
+            prompt_tokens=workload.prompt_tokens,
+            output_tokens=workload.output_tokens,
+        )
+        for block in range(workload.blocks)
+    ]
+
+
+def _overlap(plan: _Plan, variant: Variant) -> str | None:
+    """Why golden results of this variant prove nothing: it was calibrated on them."""
+    if variant.manifest.calibration is None or plan.calibration is None:
+        return None
+    return find_overlap(plan.calibration.texts, _all_sets(plan))
+
+
+def _all_sets(plan: _Plan) -> list[GoldenSet]:
+    return [*plan.golden_sets, *([plan.documents] if plan.documents else [])]
+
+
+def _copy(path: Path, to: Path) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    temporary = to.with_suffix(".partial")
+    temporary.write_bytes(path.read_bytes())
+    temporary.replace(to)
+
+
+def _relative(folder: Path, runs: Path) -> str:
+    root = runs.resolve().parent
+    folder = folder.resolve()
+    return str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
