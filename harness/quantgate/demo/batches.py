@@ -34,6 +34,14 @@ PROMPT_WEIGHT: dict[Task, float] = {
     "lookup": 0.0,
     "prose": 1.0,
 }
+# A route answer is one word beside dozens of tokens of JSON: without this it is hardly heard.
+ANSWER_WEIGHT: dict[Task, float] = {
+    "extract": 1.0,
+    "route": 8.0,
+    "total": 1.0,
+    "lookup": 1.0,
+    "prose": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Batch:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, made: Sample) -> Encoded:
-    """Tokenize a sample and weight its answers (the closing `<|end|>` included) with 1."""
+    """Tokenize a sample and weight its answers (the closing `<|end|>` included)."""
     weight = PROMPT_WEIGHT[made.task]
     if made.task == "prose":
         ids = tokenizer.encode(f"{BOS}{made.prompt}{END}", add_special_tokens=False)
@@ -65,7 +73,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, made: Sample) -> Encoded:
         body = tokenizer.encode(message["content"] + END, add_special_tokens=False)
         ids += head + body
         answer = message["role"] == "assistant"
-        weights += [0.0] + [1.0 if answer else weight] * len(body)
+        weights += [0.0] + [ANSWER_WEIGHT[made.task] if answer else weight] * len(body)
     return Encoded(ids, weights)
 
 

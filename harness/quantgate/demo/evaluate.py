@@ -64,7 +64,7 @@ def score_samples(
         batch = collate(
             [encoded[place] for place in places], width=width, pad=int(tokenizer.pad_token_id)
         )
-        ids, answers = batch.ids.to(device), (batch.weights == 1.0).to(device)
+        ids, answers = batch.ids.to(device), (batch.weights >= 1.0).to(device)
         with casting:
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
         targets, judged = ids[:, 1:], answers[:, :-1]

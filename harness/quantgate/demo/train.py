@@ -41,6 +41,8 @@ class Settings:
     device: str = "cpu"
     minutes: float = 90.0
     steps: int = 1_000_000
+    # Leave here with a checkpoint, the budget unfinished: an interruption that can be planned.
+    stop_at: int = 1_000_000
     layers: int = 4
     intermediate: int = 1024
     learning_rate: float = 2e-3
@@ -113,8 +115,9 @@ def train(settings: Settings, *, resume: bool) -> Progress:
         torch._dynamo.config.recompile_limit = 64
         trunk = torch.compile(model.model, dynamic=False)
 
-    loss = dict.fromkeys(GROUPS, 0.0)
-    while progress.step < settings.steps and progress.seconds < 60 * settings.minutes:
+    loss: dict[Group, float] = {}
+    last = min(settings.steps, settings.stop_at)
+    while progress.step < last and progress.seconds < 60 * settings.minutes:
         started = time.monotonic()
         factor = learning_rate_factor(progress, settings)
         for parameters in optimizer.param_groups:
@@ -125,7 +128,8 @@ def train(settings: Settings, *, resume: bool) -> Progress:
             batch = streams[group].next_batch()
             value = _loss(model, trunk, batch, settings)
             torch.autograd.backward(value * GROUP_WEIGHT[group])
-            loss[group] += 0.05 * (float(value.detach()) - loss[group])
+            seen = float(value.detach())
+            loss[group] = 0.95 * loss.get(group, seen) + 0.05 * seen
             progress.tokens += batch.tokens
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
