@@ -141,7 +141,7 @@ class Gate(SpecModel):
 
     def _test_problems(self) -> list[tuple[Location, str]]:
         name = parse_metric(self.metric)
-        suitable = tests_for(name)
+        suitable = suitable_tests(name)
         if self.test not in suitable:
             return [
                 (
@@ -226,7 +226,7 @@ class Gate(SpecModel):
         return None
 
 
-def tests_for(metric: MetricName) -> tuple[TestName, ...]:
+def suitable_tests(metric: MetricName) -> tuple[TestName, ...]:
     """The tests that can judge what this metric is measured as (docs/architecture.md)."""
     if metric.section == "validity":
         return ("rate",)

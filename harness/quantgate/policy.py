@@ -6,8 +6,9 @@ refuses is refused with `file:line`, what was expected and what to write.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, TypeAlias
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -89,23 +90,21 @@ class Distribution(SpecModel):
 
 
 class Workload(SpecModel):
-    """The seeded load that both arms replay, block by block."""
+    """The seeded load that every arm replays, block by block: a burst, then open-loop arrivals."""
 
     seed: NonNegativeInt
-    arrivals: Literal["poisson", "burst"] = "poisson"
+    burst_requests: PositiveInt
+    """Sent at once at the start of a block: the throughput of a full batch."""
     rate: RequestRate
+    """Of the Poisson arrivals that follow; below saturation, or latency has no steady value."""
     requests: PositiveInt
-    """Per block."""
+    """Of the Poisson arrivals, per block: the latencies."""
     prompt_tokens: Lengths
     output_tokens: Lengths
-    warmup_requests: NonNegativeInt = 8
+    warmup_requests: NonNegativeInt = 4
     """Sent before each block and not measured."""
     blocks: PositiveInt = 6
     """Per arm."""
-    burst_requests: PositiveInt = 8
-    """How many arrive together when arrivals is "burst"."""
-    max_failed_requests: NonNegativeInt | None = None
-    """More failures than this end the block; None never ends it."""
 
     @model_validator(mode="after")
     def _lengths_are_ranges(self) -> Workload:
@@ -309,9 +308,10 @@ def _variant_problems(policy: Policy) -> list[tuple[Location, str]]:
     return problems
 
 
-def _unknown(what: str, name: str, known: Any) -> str:
-    listed = ", ".join(known) or "none is listed"
-    return f'unknown {what} "{name}"; expected one of {listed}{did_you_mean(name, known)}'
+def _unknown(what: str, name: str, known: Collection[str]) -> str:
+    if not known:
+        return f'unknown {what} "{name}"; none is listed'
+    return f'unknown {what} "{name}"; expected one of {", ".join(known)}{did_you_mean(name, known)}'
 
 
 # --- pydantic's errors in the words of the file ---
@@ -327,7 +327,7 @@ _EXPECTED = {
     "dict_type": "a mapping",
     "model_type": "a mapping",
     "model_attributes_type": "a mapping",
-    "dataclass_type": 'a quantity, as in "250 ms"',
+    "dataclass_exact_type": 'a quantity, as in "250 ms"',
 }
 _WRITE = {
     "policy": "policy: NAME",
@@ -339,6 +339,7 @@ _WRITE = {
     "seed": "seed: 0",
     "rate": "rate: 20 req/s",
     "requests": "requests: 60",
+    "burst_requests": "burst_requests: 32",
     "prompt_tokens": "prompt_tokens: [32, 256]",
     "output_tokens": "output_tokens: [16, 64]",
     "timeout": "timeout: 60 s",

@@ -15,6 +15,8 @@ from yaml.constructor import SafeConstructor
 
 from quantgate.errors import UsageError
 
+_PLAIN_COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+
 Location: TypeAlias = tuple[str | int, ...]
 """The way to a value: mapping keys and list positions, as pydantic reports them."""
 
@@ -124,6 +126,10 @@ class _NodeReader:
             raise SpecError(self._path, [Problem(_line(node), message)])
         self._open.append(node)
         try:
+            if isinstance(node, yaml.CollectionNode) and node.tag not in _PLAIN_COLLECTIONS:
+                raise SpecError(
+                    self._path, [Problem(_line(node), f"the tag {node.tag} is not data")]
+                )
             if isinstance(node, yaml.MappingNode):
                 return self.read_mapping(node, location)
             if isinstance(node, yaml.SequenceNode):

@@ -46,7 +46,7 @@ _DIMENSION_OF = {unit: name for name, units in DIMENSIONS.items() for unit in un
 _QUANTITY = re.compile(r"\s*([+-]?(?:\d+(?:_\d+)*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(\S+)?\s*")
 
 SECTIONS = ("quality", "validity", "perf", "memory", "stability")
-DISTRIBUTION_NOUNS = ("kl_nats", "nll_nats", "top1_agreement", "perplexity")
+DISTRIBUTION_NOUNS = ("kl_nats", "nll_nats", "top1_agreement", "perplexity", "non_finite")
 """Quality metrics measured off the server on token ids; any other noun is a golden set."""
 
 _METRIC = re.compile(

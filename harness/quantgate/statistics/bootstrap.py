@@ -17,8 +17,10 @@ from quantgate.statistics.interval import POWER, Interval, smallest_n
 RESAMPLES = 10_000
 SEED = 20_261_124
 """Fixed: the same measurements always get the same verdict."""
-MIN_CLUSTERS = 10
-"""Below this an interval from resampling has no known coverage; the verdict is INVALID."""
+MIN_CLUSTERS = 20
+"""Fewer make the verdict INVALID. Simulated with lognormal clusters (sigma 0.8, nominal 5 % per
+tail), the upper bound misses 13 % of the time with 10 clusters, 11 % with 20, 8 % with 40 and 6 %
+with 120; the lower one stays within 6 %."""
 _CHUNK_DRAWS = 1 << 21
 
 

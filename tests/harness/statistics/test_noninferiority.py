@@ -1,0 +1,173 @@
+"""Tango's interval against published values, against a brute-force likelihood, and by symmetry."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy.special import ndtri
+from scipy.stats import binomtest
+
+from quantgate.statistics import noninferiority as ni
+
+# (lost, won, n) with lost + won <= n
+TABLES = st.integers(1, 500).flatmap(
+    lambda n: st.integers(0, n).flatmap(
+        lambda lost: st.tuples(st.just(lost), st.integers(0, n - lost), st.just(n))
+    )
+)
+CONFIDENCES = st.floats(0.6, 0.995)
+
+
+def brute_force_score(lost: int, won: int, n: int, difference: float) -> float:
+    """The score statistic with the nuisance probability found on a grid of the likelihood."""
+    low, high = max(0.0, -difference), (1 - difference) / 2
+    grid = np.linspace(low, high, 400_001)[1:-1]
+    both = n - lost - won
+    with np.errstate(divide="ignore", invalid="ignore"):
+        likelihood = (
+            (lost * np.log(grid) if lost else 0.0)
+            + (won * np.log(grid + difference) if won else 0.0)
+            + (both * np.log(1 - 2 * grid - difference) if both else 0.0)
+        )
+    q = grid[np.nanargmax(likelihood)]
+    return (won - lost - n * difference) / math.sqrt(n * (2 * q + difference * (1 - difference)))
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "n", "lower", "upper"),
+    [
+        # Airway hyper-responsiveness before and after stem cell transplantation: Fagerland,
+        # Lydersen & Laake, Statistics in Medicine 33 (2014), 2850-2875, table of intervals.
+        (7, 1, 21, -0.517, -0.026),
+        # Complete agreement: z^2 / (n + z^2) to both sides (Tango 1998, section 3).
+        (0, 0, 30, -(1.959964**2) / (30 + 1.959964**2), 1.959964**2 / (30 + 1.959964**2)),
+    ],
+)
+def test_published_intervals_are_reproduced(
+    lost: int, won: int, n: int, lower: float, upper: float
+) -> None:
+    interval = ni.difference_interval(lost, won, n, confidence=0.975)
+    assert (interval.lower, interval.upper) == pytest.approx((lower, upper), abs=6e-4)
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "n"), [(1, 0, 44), (9, 3, 400), (12, 12, 100), (3, 0, 5), (40, 2, 60)]
+)
+def test_the_score_at_each_bound_is_the_normal_quantile(lost: int, won: int, n: int) -> None:
+    interval = ni.difference_interval(lost, won, n, confidence=0.95)
+    z = float(ndtri(0.95))
+    assert brute_force_score(lost, won, n, interval.lower) == pytest.approx(z, abs=2e-3)
+    assert brute_force_score(lost, won, n, interval.upper) == pytest.approx(-z, abs=2e-3)
+
+
+@given(TABLES, CONFIDENCES)
+def test_the_interval_contains_the_estimate_and_stays_inside_minus_one_to_one(
+    table: tuple[int, int, int], confidence: float
+) -> None:
+    interval = ni.difference_interval(*table, confidence=confidence)
+    assert -1 <= interval.lower <= interval.estimate <= interval.upper <= 1
+
+
+@given(TABLES, CONFIDENCES)
+def test_swapping_the_arms_mirrors_the_interval(
+    table: tuple[int, int, int], confidence: float
+) -> None:
+    lost, won, n = table
+    one = ni.difference_interval(lost, won, n, confidence=confidence)
+    other = ni.difference_interval(won, lost, n, confidence=confidence)
+    assert (one.lower, one.upper) == (-other.upper, -other.lower)
+
+
+@given(TABLES, CONFIDENCES)
+def test_the_interval_widens_with_confidence(
+    table: tuple[int, int, int], confidence: float
+) -> None:
+    narrow = ni.difference_interval(*table, confidence=confidence)
+    wide = ni.difference_interval(*table, confidence=(1 + confidence) / 2)
+    assert wide.lower <= narrow.lower
+    assert wide.upper >= narrow.upper
+
+
+@given(TABLES)
+@settings(max_examples=50)
+def test_ten_times_the_items_give_a_narrower_interval(table: tuple[int, int, int]) -> None:
+    lost, won, n = table
+    few = ni.difference_interval(lost, won, n, confidence=0.95)
+    many = ni.difference_interval(10 * lost, 10 * won, 10 * n, confidence=0.95)
+    assert many.upper - many.lower < few.upper - few.lower
+
+
+def test_all_items_lost_is_a_difference_of_minus_one_with_room_above_only() -> None:
+    interval = ni.difference_interval(20, 0, 20, confidence=0.95)
+    assert interval.lower == interval.estimate == -1
+    assert -1 < interval.upper < -0.7
+
+
+def test_one_item_without_a_difference_shows_next_to_nothing() -> None:
+    interval = ni.difference_interval(0, 0, 1, confidence=0.95)
+    assert interval.lower == pytest.approx(-interval.upper)
+    assert interval.upper > 0.7
+
+
+def test_mcnemar_without_discordant_items_is_exactly_one() -> None:
+    assert ni.mcnemar_p_value(0, 0) == 1.0
+    assert ni.mcnemar_p_value(0, 0, mid_p=True) == 1.0
+
+
+@given(st.integers(0, 200), st.integers(0, 200))
+def test_mcnemar_is_the_exact_binomial_test(lost: int, won: int) -> None:
+    assume(lost + won > 0)
+    expected = binomtest(lost, lost + won, 0.5, alternative="greater").pvalue
+    assert ni.mcnemar_p_value(lost, won) == pytest.approx(expected)
+
+
+@given(st.integers(0, 100), st.integers(0, 100))
+def test_mid_p_counts_the_observed_outcome_half(lost: int, won: int) -> None:
+    assume(lost + won > 0)
+    exact = ni.mcnemar_p_value(lost, won)
+    outcome = math.comb(lost + won, won) / 2 ** (lost + won)
+    assert ni.mcnemar_p_value(lost, won, mid_p=True) == pytest.approx(exact - outcome / 2)
+
+
+@pytest.mark.parametrize(
+    ("discordance", "margin", "items"),
+    # field notes 4.3: one-sided 5 %, power 95 %
+    [(0.01, 0.01, 1083), (0.05, 0.02, 1353), (0.08, 0.01, 8658), (0.15, 0.03, 1804)],
+)
+def test_planned_items_follow_the_closed_form(
+    discordance: float, margin: float, items: int
+) -> None:
+    planned = ni.planned_items(discordance, margin, confidence=0.95, power=0.95)
+    assert planned == pytest.approx(items, abs=1)
+
+
+def test_the_planned_items_make_the_margin_the_smallest_detectable_drop() -> None:
+    n = ni.planned_items(0.05, 0.02, confidence=0.95)
+    detectable = ni.smallest_detectable_drop(round(0.025 * n), round(0.025 * n), n, confidence=0.95)
+    assert detectable == pytest.approx(0.02, rel=0.02)
+
+
+def test_without_discordant_items_the_detectable_drop_is_not_zero() -> None:
+    assert ni.smallest_detectable_drop(0, 0, 400, confidence=0.95) > 0.005
+
+
+def test_required_items_are_the_fewest_at_which_the_margin_holds() -> None:
+    n = ni.required_items(10, 8, 400, margin=0.02, confidence=0.95)
+    assert n is not None
+    at = ni.difference_interval(10 * n / 400, 8 * n / 400, n, confidence=0.95)
+    below = ni.difference_interval(10 * (n - 1) / 400, 8 * (n - 1) / 400, n - 1, confidence=0.95)
+    assert below.lower < -0.02 <= at.lower
+
+
+def test_required_items_of_an_unacceptable_drop_are_those_that_show_it() -> None:
+    n = ni.required_items(14, 5, 400, margin=0.02, confidence=0.95)
+    assert n is not None
+    assert ni.difference_interval(14 * n / 400, 5 * n / 400, n, confidence=0.95).upper < 0
+
+
+def test_no_number_of_items_decides_an_estimate_at_the_margin() -> None:
+    assert ni.required_items(8, 0, 400, margin=0.02, confidence=0.95) is None
