@@ -147,8 +147,9 @@ def verify_files(variant: ServedVariant, folder: Path) -> None:
         found = sha256_of(folder / name)
         if found != expected:
             raise ConfigError(
-                f"{folder}/{name} has sha256 {found}, but {variant.name} was judged with "
-                f"{expected}. It is not what was approved: restore the file, or build, judge and promote again."
+                f"{folder}/{name} has sha256 {found}, but "
+                f"{expected}. It is not what was approved: restore the file, or "
+                "build, judge and promote again."
             )
 
 

@@ -5,7 +5,9 @@ How the weights are quantized is read from config.json, never from a name.
 
 import inspect
 import json
+import logging
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 
+from quantgate_serve.gptq import GptqFormatError, load_gptq
 from quantgate_serve.kv.storage import KVShape
 
 
@@ -60,7 +63,14 @@ def load(folder: Path, *, device: str, dtype: str, attention: str) -> LoadedMode
     chosen_dtype = _choose_dtype(dtype, chosen_device, config)
     quantization = _quantization_of(config)
     tokenizer = _load_tokenizer(folder)
-    model = _load_weights(folder, quantization, chosen_device, chosen_dtype, attention=attention)
+    model = _load_weights(
+        folder,
+        config,
+        quantization,
+        device=chosen_device,
+        dtype=chosen_dtype,
+        attention=attention,
+    )
     text_config = config.get_text_config()
     _check_forward(model)
     return LoadedModel(
@@ -180,16 +190,25 @@ def _check_architecture(folder: Path, config: Any) -> None:
     if rope.get("rope_type") in ("dynamic", "longrope"):
         raise UnsupportedModelError(
             f"{folder} uses {rope['rope_type']!r} rotary positions, which depend on the longest "
-            "sequence of a batch, so a request would depend on its batch mates. Serve a model without them."
+            "sequence of a batch, so requests would depend on each other. "
+            "Serve a model without them."
         )
+
+
+def _quantization_settings(config: Any) -> dict[str, Any]:
+    """`quantization_config` of config.json, empty when the weights are plain."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return {}
+    values: dict[str, Any] = settings if isinstance(settings, dict) else settings.to_dict()
+    return values
 
 
 def _quantization_of(config: Any) -> str:
     """`none`, `bitsandbytes-8bit`, `bitsandbytes-4bit` or `gptq`, from config.json."""
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
+    values = _quantization_settings(config)
+    if not values:
         return "none"
-    values = settings if isinstance(settings, dict) else settings.to_dict()
     method = str(values.get("quant_method", ""))
     if method == "bitsandbytes":
         return "bitsandbytes-4bit" if values.get("load_in_4bit") else "bitsandbytes-8bit"
@@ -233,22 +252,64 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def _load_weights(
-    folder: Path, quantization: str, device: torch.device, dtype: torch.dtype, *, attention: str
+    folder: Path,
+    config: Any,
+    quantization: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
 ) -> Any:
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation=attention,
-        device_map={"": device} if quantization != "none" else None,
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    if quantization == "none":
+    if quantization == "gptq" and not _has_fast_gptq(device):
+        try:
+            model = load_gptq(
+                folder, config, _quantization_settings(config), dtype=dtype, attention=attention
+            )
+        except GptqFormatError as error:
+            raise UnsupportedModelError(
+                f"{folder} is not a GPTQ checkpoint that this server reads: {error}. "
+                "Quantize it again with bits 4 or 8 and the gptq format."
+            ) from error
         model = model.to(device)
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            device_map={"": device} if quantization != "none" else None,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+        if quantization == "none":
+            model = model.to(device)
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    if quantization.startswith("bitsandbytes"):
+        _settle_bitsandbytes(model, device, dtype)
     return model
+
+
+def _has_fast_gptq(device: torch.device) -> bool:
+    """GPTQModel's CUDA kernels, where they are installed. Its CPU kernel is BF16 only."""
+    if device.type != "cuda":
+        return False
+    return all(find_spec(name) is not None for name in ("gptqmodel", "optimum"))
+
+
+def _settle_bitsandbytes(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Make bitsandbytes compute in the type that was asked for, and stop its warning per call."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if device.type != "cpu" or dtype != torch.float32:
+        return
+    module: Any
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 the 4-bit kernel computes in BF16 whatever the input's type is.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype
+            module.compute_type_is_set = True
 
 
 def _check_forward(model: nn.Module) -> None:

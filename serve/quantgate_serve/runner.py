@@ -1,7 +1,7 @@
 """Turns a plan into tensors, runs the model, and reads tokens out of the logits.
 
-All chunks of a step lie one after another in a single row [1, T]; positions and attention's facts keep
-them apart. Logits are computed only where a token or a log-probability is read.
+All chunks of a step lie one after another in a single row [1, T]; positions and the step's facts
+keep them apart. Logits are computed only where a token or a log-probability is read.
 """
 
 from collections.abc import Sequence

@@ -75,6 +75,7 @@ def choose_kv_tokens(loaded: LoadedModel, settings: ServerSettings) -> int:
     if tokens < PAGE_SIZE:
         raise UnsupportedModelError(
             f"{free_bytes} bytes are left for the KV cache, but one page of {PAGE_SIZE} tokens "
-            f"takes {PAGE_SIZE * loaded.kv_shape.bytes_per_token}. Free memory or use a smaller variant."
+            f"takes {PAGE_SIZE * loaded.kv_shape.bytes_per_token}. "
+            "Free memory or use a smaller variant."
         )
     return tokens

@@ -1,7 +1,7 @@
 """Paged attention in plain torch: the reference, and the CPU's only backend.
 
-Decode gathers the pages of a group of sequences and multiplies in batches; on two cores (32 sequences
-of 96 tokens) that takes a third of the time of SDPA over a strided gather.
+Decode gathers the pages of a group of sequences and multiplies in batches; for 32 sequences of 96
+tokens that takes a third of the time of SDPA over a strided gather.
 """
 
 from typing import Any
