@@ -104,7 +104,7 @@ class Verdict:
     def _details(self) -> str:
         parts = [f"n={self.n:,}"]
         if self.test != "limit":
-            parts.append(f"{self.confidence:.4g} bounds {self.bounds()}")
+            parts.append(f"{100 * self.confidence:.6g}% bounds {self.bounds()}")
         if self.outcome is Outcome.INCONCLUSIVE:
             parts.append(self.needed())
         if self.smallest_detectable_effect is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantgate.measure import (
@@ -21,6 +21,8 @@ from quantgate.measure import (
     Scalar,
     percentile,
 )
+
+PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
 
 GOOD: dict[type[Any], dict[str, Any]] = {
     Scalar: {"metric": "memory/peak_bytes.max", "value": 5.0, "unit": "MiB", "n": 3},
@@ -218,6 +220,7 @@ def test_a_percentile_outside_0_to_100_is_refused(percent: float) -> None:
         percentile([1.0], percent)
 
 
+@PROPERTY
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50), st.integers(0, 100))
 def test_percentiles_agree_with_numpys_inverted_cdf(values: list[float], percent: int) -> None:
     assert percentile(values, percent) == np.percentile(values, percent, method="inverted_cdf")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantgate.units import (
@@ -15,6 +15,8 @@ from quantgate.units import (
     parse_quantity,
     units_of,
 )
+
+PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +82,7 @@ def test_rates_of_tokens_and_of_requests_do_not_convert() -> None:
         convert(1.0, "tok/s", to="req/s")
 
 
+@PROPERTY
 @given(st.floats(-1e9, 1e9), st.sampled_from([(d, u) for d, us in DIMENSIONS.items() for u in us]))
 def test_conversion_there_and_back_returns_the_value(value: float, place: tuple[str, str]) -> None:
     dimension, unit = place

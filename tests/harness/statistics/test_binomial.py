@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import bdtr, bdtrc
 
 from quantgate.statistics import binomial
+
+PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
 
 COUNTS = st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 CONFIDENCES = st.floats(0.6, 0.999)
@@ -31,12 +33,14 @@ def test_two_sided_intervals_agree_with_r(events: int, n: int, lower: float, upp
     assert (interval.lower, interval.upper) == pytest.approx((lower, upper), abs=1e-5)
 
 
+@PROPERTY
 @given(COUNTS, CONFIDENCES)
 def test_the_interval_contains_the_estimate(counts: tuple[int, int], confidence: float) -> None:
     interval = binomial.share_interval(*counts, confidence=confidence)
     assert 0 <= interval.lower <= interval.estimate <= interval.upper <= 1
 
 
+@PROPERTY
 @given(COUNTS, CONFIDENCES)
 def test_the_interval_widens_with_confidence(counts: tuple[int, int], confidence: float) -> None:
     narrow = binomial.share_interval(*counts, confidence=confidence)
@@ -45,6 +49,7 @@ def test_the_interval_widens_with_confidence(counts: tuple[int, int], confidence
     assert wide.upper >= narrow.upper
 
 
+@PROPERTY
 @given(COUNTS, CONFIDENCES)
 def test_counting_the_other_outcome_mirrors_the_interval(
     counts: tuple[int, int], confidence: float
@@ -55,6 +60,7 @@ def test_counting_the_other_outcome_mirrors_the_interval(
     assert one.lower == pytest.approx(1 - other.upper, abs=1e-9)
 
 
+@PROPERTY
 @given(COUNTS, CONFIDENCES)
 def test_each_bound_is_where_its_tail_has_the_stated_probability(
     counts: tuple[int, int], confidence: float

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import stdtrit
-from scipy.stats import ttest_1samp
 
 from quantgate.statistics import blocks
+
+PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
 
 PAIRS = st.lists(st.tuples(st.floats(1.0, 1e4), st.floats(1.0, 1e4)), min_size=4, max_size=20)
 CHAMPION = [400.0, 410.0, 395.0, 405.0, 402.0, 398.0]
 CANDIDATE = [390.0, 405.0, 392.0, 399.0, 400.0, 385.0]
 
 
+@PROPERTY
 @given(PAIRS)
 def test_the_interval_contains_the_geometric_mean_ratio(pairs: list[tuple[float, float]]) -> None:
     champion, candidate = zip(*pairs, strict=True)
@@ -26,6 +28,7 @@ def test_the_interval_contains_the_geometric_mean_ratio(pairs: list[tuple[float,
     assert interval.estimate == pytest.approx(math.exp(mean))
 
 
+@PROPERTY
 @given(PAIRS)
 def test_swapping_the_arms_inverts_the_interval(pairs: list[tuple[float, float]]) -> None:
     champion, candidate = zip(*pairs, strict=True)
@@ -34,6 +37,7 @@ def test_swapping_the_arms_inverts_the_interval(pairs: list[tuple[float, float]]
     assert one.lower == pytest.approx(1 / other.upper)
 
 
+@PROPERTY
 @given(PAIRS, st.floats(0.01, 100))
 def test_the_unit_of_the_values_does_not_matter(
     pairs: list[tuple[float, float]], factor: float
@@ -46,6 +50,7 @@ def test_the_unit_of_the_values_does_not_matter(
     assert one.upper == pytest.approx(other.upper)
 
 
+@PROPERTY
 @given(PAIRS)
 def test_the_interval_widens_with_confidence(pairs: list[tuple[float, float]]) -> None:
     champion, candidate = zip(*pairs, strict=True)
@@ -56,11 +61,10 @@ def test_the_interval_widens_with_confidence(pairs: list[tuple[float, float]]) -
 
 
 def test_the_interval_is_scipys_t_interval_of_the_log_ratios() -> None:
-    logs = [math.log(b / a) for a, b in zip(CHAMPION, CANDIDATE, strict=True)]
-    expected = ttest_1samp(logs, 0).confidence_interval(0.90)
+    # scipy.stats.ttest_1samp(logs, 0).confidence_interval(0.90), scipy 1.17.1
     interval = blocks.ratio_interval(CHAMPION, CANDIDATE, confidence=0.95)
     assert (math.log(interval.lower), math.log(interval.upper)) == pytest.approx(
-        (expected.low, expected.high)
+        (-0.025314130358211093, -0.007463765778832867)
     )
 
 

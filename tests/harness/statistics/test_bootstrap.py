@@ -12,6 +12,8 @@ from scipy.special import stdtrit
 
 from quantgate.statistics import bootstrap
 
+PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
+
 CLUSTERS = st.lists(st.tuples(st.floats(-100, 100), st.integers(1, 500)), min_size=20, max_size=40)
 
 
@@ -20,8 +22,8 @@ def normal_clusters(m: int, *, seed: int = 3) -> tuple[list[float], list[int]]:
     return [float(value) * 10 for value in values], [10] * m
 
 
+@PROPERTY
 @given(CLUSTERS)
-@settings(max_examples=15, deadline=None)
 def test_the_interval_contains_the_estimate(clusters: list[tuple[float, int]]) -> None:
     totals, counts = zip(*clusters, strict=True)
     interval = bootstrap.ratio_interval(totals, counts, confidence=0.95)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import betainc
 
 from quantgate.statistics import binomial, percentile
+
+PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
 
 LATENCIES = st.lists(st.integers(1, 50).map(float), min_size=0, max_size=120)
 
@@ -22,12 +24,14 @@ def test_the_floors_of_mlperf_are_reproduced(late: int, p95: int, p99: int) -> N
     assert percentile.min_requests(late, percentile=99, confidence=0.99) == p99
 
 
+@PROPERTY
 @given(st.integers(0, 60), st.integers(1, 600))
 def test_the_test_is_mlperfs_incomplete_beta_condition(late: int, timely: int) -> None:
     condition = betainc(timely, late + 1, 0.95) <= 1 - 0.99
     assert percentile.is_within(late, late + timely, percentile=95, confidence=0.99) == condition
 
 
+@PROPERTY
 @given(st.integers(0, 60), st.integers(1, 600))
 def test_within_and_beyond_are_the_clopper_pearson_bounds(late: int, timely: int) -> None:
     n = late + timely
@@ -37,6 +41,7 @@ def test_within_and_beyond_are_the_clopper_pearson_bounds(late: int, timely: int
     assert percentile.is_beyond(late, n, percentile=95, confidence=0.95) == (lower >= 0.05)
 
 
+@PROPERTY
 @given(LATENCIES, st.integers(0, 30), st.integers(0, 51).map(float))
 def test_the_interval_of_the_percentile_agrees_with_the_test(
     values: list[float], failed: int, limit: float
