@@ -18,7 +18,7 @@ from typing import Any
 from quantgate.errors import QuantgateError, UsageError
 from quantgate.load.blocks import block_path
 from quantgate.load.results import ArmLoad, read_arm
-from quantgate.load.stage import group_folder
+from quantgate.load.stage import find_arm
 from quantgate.measure import (
     Binomial,
     Clustered,
@@ -178,6 +178,7 @@ def _record(
         children[decision.variant] = _record_variant(
             mlflow, client, experiment_id, parent_id, release, decision,
             measurements.variants.get(decision.variant), shared,
+            is_champion=decision.variant == verdicts.champion,
         )  # fmt: skip
     # The parent ends last: a release cut short stays visibly unfinished, and is recorded again.
     client.set_terminated(parent_id)
@@ -193,6 +194,8 @@ def _record_variant(
     decision: Decision,
     measured: VariantMeasurements | None,
     shared: Mapping[str, str],
+    *,
+    is_champion: bool,
 ) -> str:
     worst = min(decision.outcomes, key=lambda outcome: _GATE_VALUES[outcome])
     tags = {
@@ -228,7 +231,7 @@ def _record_variant(
     if measured is not None:
         for measurement in measured.measurements.values():
             metrics += [(name, value, 0) for name, value in metrics_of(measurement)]
-    metrics += _block_metrics(release, decision.variant)
+    metrics += _block_metrics(release, decision.variant, is_champion=is_champion)
     _log(mlflow, client, run_id, params=params, metrics=metrics)
     client.log_table(run_id, _table(decision), "gates.json")
     client.log_text(run_id, "\n".join(v.line() for v in decision.verdicts) + "\n", "verdicts.txt")
@@ -267,15 +270,17 @@ def metrics_of(measurement: Measurement) -> list[tuple[str, float]]:
             return [] if value is None else [(name, value)]
 
 
-def _block_metrics(release: ReleaseFolder, variant: str) -> list[tuple[str, float, int]]:
+def _block_metrics(
+    release: ReleaseFolder, variant: str, *, is_champion: bool
+) -> list[tuple[str, float, int]]:
     """Throughput and p95 of each block, with the block as the step."""
-    folder = group_folder(release.load, variant)
-    if folder is None:
+    found = find_arm(release.load, variant, is_champion=is_champion)
+    if found is None:
         return []
     num_blocks = 0
-    while block_path(folder, variant, num_blocks).is_file():
+    while block_path(found.group, found.arm, num_blocks).is_file():
         num_blocks += 1
-    load: ArmLoad = read_arm(folder, variant, num_blocks)
+    load: ArmLoad = read_arm(found.group, found.arm, num_blocks)
     rates = load.output_tok_per_s()
     metrics = [("blocks/output_tok_per_s", value, step) for step, value in enumerate(rates)]
     p95s = load.e2e_p95_ms()

@@ -15,7 +15,7 @@ from quantgate.load.results import (
     compare_arms,
     read_arm,
 )
-from quantgate.load.stage import CHAMPION_ARM, group_folder, read_facts
+from quantgate.load.stage import CHAMPION_ARM, find_arm, read_facts
 from quantgate.measure import Binomial, Measurement, Missing, Scalar
 from quantgate.quality import distribution
 from quantgate.quality.golden import GoldenSet
@@ -39,6 +39,7 @@ class VariantEvidence:
     overlap: str | None
     distribution_failure: str | None
     load_failure: str | None
+    is_champion: bool
     num_blocks: int
 
 
@@ -89,22 +90,29 @@ def _load(evidence: VariantEvidence, release: ReleaseFolder) -> list[Measurement
     if not evidence.num_blocks:
         return []
     everything = (*RATIO_METRICS, *ABSOLUTE_METRICS, MEMORY_METRIC, OOM_METRIC, ERROR_METRIC)
-    folder = group_folder(release.load, evidence.name)
+    found = find_arm(release.load, evidence.name, is_champion=evidence.is_champion)
     try:
-        if evidence.load_failure or folder is None:
+        if evidence.load_failure or found is None:
             raise MeasurementError(evidence.load_failure or "the load stage was not run")
-        champion = read_arm(folder, CHAMPION_ARM, evidence.num_blocks)
-        candidate = read_arm(folder, evidence.name, evidence.num_blocks)
-        facts = read_facts(folder, evidence.name)
+        champion = read_arm(found.group, CHAMPION_ARM, evidence.num_blocks)
+        candidate = read_arm(found.group, found.arm, evidence.num_blocks)
+        facts = read_facts(found.group, found.arm)
     except MeasurementError as error:
         return [Missing(metric=metric, reason=str(error)) for metric in everything]
-    source = _source(folder / evidence.name, release)
+    source = _source(found.group / found.arm, release)
     return [
-        *compare_arms(champion, candidate, source=source),
+        *_ratios(champion, candidate, source=source),
         absolute_latency(candidate, source=source),
         Scalar(metric=MEMORY_METRIC, value=facts.peak_bytes, unit="B", n=1, source=source),
         *_stability(evidence, release, candidate, facts.oom_count, source=source),
     ]
+
+
+def _ratios(champion: ArmLoad, candidate: ArmLoad, *, source: str) -> list[Measurement]:
+    if candidate.arm != CHAMPION_ARM:
+        return compare_arms(champion, candidate, source=source)
+    reason = "the variant is the champion, and was not measured beside itself"
+    return [Missing(metric=metric, reason=reason, source=source) for metric in RATIO_METRICS]
 
 
 def _stability(

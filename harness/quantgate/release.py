@@ -23,7 +23,7 @@ from quantgate.measurements_file import (
     read_measurements,
     write_measurements,
 )
-from quantgate.policy import SOURCE, Policy, load_policy
+from quantgate.policy import SOURCE, Policy, load_policy, required_gates
 from quantgate.progress import Progress
 from quantgate.quality.distribution import compare_with_reference
 from quantgate.quality.golden import GoldenSet, find_golden_set, load_golden_set
@@ -137,6 +137,7 @@ def measure_release(request: ReleaseRequest, progress: Progress) -> ReleaseFolde
                     overlap=_overlap(plan, variant),
                     distribution_failure=distribution.get(name),
                     load_failure=load.get(name),
+                    is_champion=variant.folder == champion.folder,
                     num_blocks=plan.policy.workload.blocks if plan.policy.workload else 0,
                 ),
                 release,
@@ -381,6 +382,7 @@ def _measure_distribution(
         log=release.path / "distribution.log",
         device=plan.device,
         dtype=plan.dtype,
+        threads=plan.server.threads,
         max_tokens=max_tokens,
         on_done=lambda name: progress.step(note=name),
     )
@@ -412,13 +414,15 @@ def _measure_load(
         return {}
     workloads = _workloads(plan)
     write_json(release.load / "workload.json", workload_digests(workloads))
-    progress.stage("load", workload.blocks * (len(variants) + 1))
+    candidates = [
+        Arm(name=name, folder=variant.folder, log=release.log(name))
+        for name, variant in variants.items()
+        if variant.folder != champion.folder or _is_compared(plan.policy, name)
+    ]
+    progress.stage("load", workload.blocks * (len(candidates) + 1))
     return measure_load(
         Arm(name=champion.name, folder=champion.folder, log=release.load / "champion.log"),
-        [
-            Arm(name=name, folder=variant.folder, log=release.log(name))
-            for name, variant in variants.items()
-        ],
+        candidates,
         workloads,
         folder=release.load,
         # On a GPU two models with equal KV budgets stay resident; on a CPU all of them.
@@ -428,6 +432,11 @@ def _measure_load(
         timeout_s=plan.timeout_s,
         on_block=lambda arm, block: progress.step(note=f"round {block + 1}, {arm}"),
     )
+
+
+def _is_compared(policy: Policy, variant: str) -> bool:
+    """A champion that is compared with itself needs a server of its own: an A/A measurement."""
+    return any(gate.test == "ratio" for gate in required_gates(policy, variant))
 
 
 def _workloads(plan: _Plan) -> list[BlockWorkload]:

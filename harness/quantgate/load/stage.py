@@ -53,7 +53,7 @@ def measure_load(
     Returns:
         Why there is no load measurement, by candidate; an arm that dies costs its group.
     """
-    size = len(candidates) if arms_together is None else max(1, arms_together - 1)
+    size = max(1, len(candidates) if arms_together is None else arms_together - 1)
     failures: dict[str, str] = {}
     for start in range(0, len(candidates), size):
         group = list(candidates[start : start + size])
@@ -75,10 +75,20 @@ def measure_load(
     return failures
 
 
-def group_folder(folder: Path, candidate: str) -> Path | None:
-    """The folder of the group in which a candidate was measured; None when it was not."""
-    found = sorted(path.parent for path in folder.glob(f"group-*/{candidate}"))
-    return found[0] if found else None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredArm:
+    """Where a candidate's blocks lie, and the champion's beside them."""
+
+    group: Path
+    arm: str
+
+
+def find_arm(folder: Path, candidate: str, *, is_champion: bool) -> MeasuredArm | None:
+    """The blocks of a candidate; the champion's own where it had no arm beside the champion's."""
+    for arm in (candidate, CHAMPION_ARM) if is_champion else (candidate,):
+        for path in sorted(folder.glob(f"group-*/{arm}")):
+            return MeasuredArm(group=path.parent, arm=arm)
+    return None
 
 
 def read_facts(folder: Path, arm: str) -> ArmFacts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from quantgate.files import write_json
 from quantgate.measure import Binomial, Clustered, Measurement, Missing, Scalar
 from quantgate.quality.rendering import RenderedPrompt
 from quantgate.server import last_lines
+
+_POLL_S = 0.2
 
 METRICS = (
     "quality/kl_nats.mean",
@@ -35,6 +38,7 @@ def compare_with_reference(
     log: Path,
     device: str,
     dtype: str,
+    threads: int | None,
     max_tokens: int,
     on_done: Callable[[str], None],
 ) -> dict[str, str]:
@@ -47,16 +51,17 @@ def compare_with_reference(
     """
     failures: dict[str, str] = {}
     pending = dict(candidates)
+
+    def take_finished() -> None:
+        for name in [name for name in pending if out[name].is_file()]:
+            del pending[name]
+            on_done(name)
+
     while pending:
-        before = set(pending)
         code = _run_teacher(
-            reference, pending, documents, out=out, log=log, device=device, dtype=dtype,
-            max_tokens=max_tokens,
+            reference, dict(pending), documents, out=out, log=log, device=device, dtype=dtype,
+            threads=threads, max_tokens=max_tokens, take_finished=take_finished,
         )  # fmt: skip
-        for name in before:
-            if out[name].is_file():
-                del pending[name]
-                on_done(name)
         if pending:
             # Candidates are taken in order, so the first without a result is the one that failed.
             name = next(iter(pending))
@@ -136,7 +141,9 @@ def _run_teacher(
     log: Path,
     device: str,
     dtype: str,
+    threads: int | None,
     max_tokens: int,
+    take_finished: Callable[[], None],
 ) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="quantgate-") as temporary:
@@ -154,13 +161,22 @@ def _run_teacher(
                 ],
                 "device": device,
                 "dtype": dtype,
+                "threads": threads,
             },
         )
         with log.open("wb") as file:
-            return subprocess.run(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "quantgate.quality.teacher", str(request)],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                check=False,
-            ).returncode
+            )
+        try:
+            while process.poll() is None:
+                time.sleep(_POLL_S)
+                take_finished()
+        finally:
+            process.kill()
+            code = process.wait()
+    take_finished()
+    return code

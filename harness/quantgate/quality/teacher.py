@@ -23,17 +23,20 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
+    import torch
+
     from quantgate_serve import offline
 
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    if request["threads"] is not None:
+        torch.set_num_threads(request["threads"])
     device = request["device"]
     documents: list[dict[str, Any]] = request["documents"]
-    reference = offline.load_model(
-        Path(request["reference"]), device=device, dtype=request["dtype"]
-    )
+    dtype: str = request["dtype"]
+    reference = offline.load_model(Path(request["reference"]), device=device, dtype=dtype)
     for candidate in request["candidates"]:
         started = time.perf_counter()
-        model = offline.load_model(Path(candidate["folder"]), device=device, dtype=request["dtype"])
+        model = offline.load_model(Path(candidate["folder"]), device=device, dtype=dtype)
         rows: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         for document in documents:
             ids = document["ids"]

@@ -106,6 +106,9 @@ def build_variant(
             notes=notes,
         )
         write_manifest(out, manifest)
+        for path in out.iterdir():
+            # safetensors writes files only their owner may read; a server often runs as another.
+            path.chmod(0o644)
         # The folder appears whole: a build cut short leaves only a temporary one.
         out.rename(folder)
     fsync_folder(store)
