@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,7 @@ def test_a_perplexity_ratio_is_the_exponential_of_the_mean_difference() -> None:
     verdict = judged(PERPLEXITY, measured)
     assert verdict.outcome is PASS
     assert verdict.estimate == pytest.approx(1.0202, abs=1e-4)
+    assert verdict.estimate is not None
     assert verdict.lower is not None
     assert verdict.lower < verdict.estimate
 
@@ -517,3 +519,19 @@ def test_a_variant_measured_on_another_scheme_is_invalid(policy: Policy) -> None
     _, int8 = judge_release(policy, measured(scheme="int4-nf4"))
     assert {v.outcome for v in int8.verdicts} == {INVALID}
     assert int8.verdicts[0].reason == "measured on scheme int4-nf4, the policy says int8-bnb"
+
+
+def test_judging_a_release_of_four_variants_takes_less_than_a_second(policy: Policy) -> None:
+    """The dear ones: bootstraps over 400 items and 120 documents, and their required n."""
+    f1 = gate("quality/set.f1", "non_inferiority", margin="2 pt")
+    items = clustered(-0.02, spread=0.3, unit="1", metric=f1.metric, paired=True, m=400)
+    documents = clustered(0.06, spread=0.05, m=120)
+    start = time.process_time()
+    for _ in range(4):
+        judged(f1, items)
+        for _ in range(2):
+            judged(KL, documents)
+        for _ in range(4):
+            judged(QUALITY, paired(20, 15, 1500))
+        judge_release(policy, measured())
+    assert time.process_time() - start < 1.0
