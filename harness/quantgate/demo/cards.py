@@ -15,8 +15,8 @@ SUMMARY: dict[Task, str] = {
     "which must not decide.",
     "total": "The amounts of a short invoice are added up, with the running sum written out: "
     "`7+5=12+9=21`. The last number is the total; other numbers in the invoice do not count.",
-    "lookup": "One value is read from a record of 8 to 175 lines (50 to 830 tokens): the long "
-    "slice. Every key is one token, every value one to three.",
+    "lookup": "One line is found by its key in a record of 8 to 175 lines (50 to 830 tokens) and "
+    "read out: the long slice. Every key is one token, every value one to three.",
     "prose": "Day reports of the order desk, 200 to 330 tokens each, for perplexity and for KL "
     "divergence. There is no target: the document itself is scored.",
 }
@@ -96,7 +96,7 @@ def task_text(task: Task) -> str:
             check = r"{type: regex, pattern: '^[0-9]+(\+[0-9]+=[0-9]+)+$'}"
             body = _GENERATED.format(budget=28, metrics=exact, check=check)
         case "lookup":
-            check = "{type: regex, pattern: '^([a-z]+|[0-9]{2}|[kmtx][0-9]{2})$'}"
+            check = "{type: regex, pattern: '^[a-z]+=([a-z]+|[0-9]{2}|[kmtx][0-9]{2})$'}"
             body = _GENERATED.format(budget=8, metrics=exact, check=check)
         case "route":
             body = _ROUTE

@@ -270,7 +270,8 @@ def _lookup(draw: Draw) -> Sample:
     questions = []
     for key in asked:
         template, question_id = draw.phrase(lx.LOOKUP_QUESTIONS)
-        questions.append((template.format(k=key), record[key]))
+        # The answer repeats the key: copying a line takes one step of induction, not two.
+        questions.append((template.format(k=key), f"{key}={record[key]}"))
     body = "\n".join(f"{key}={value}" for key, value in record.items())
     prompt = f"{head}\n{body}\n{questions[0][0]}"
     cluster = f"{size}-{question_id}"
