@@ -1,6 +1,7 @@
 """Starts one server for one model: `python -m quantgate_serve --model FOLDER`.
 
-Exit codes: 0 after a drained stop, 2 when the model, the configuration or an argument is refused.
+Exit codes: 0 after a drained stop, 1 when the engine failed, 2 when the model, the configuration
+or an argument is refused.
 """
 
 import argparse
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     # Imported late, so that --help and a refused configuration do not wait for torch.
     import torch
 
+    from quantgate_serve.attention.interface import UnsupportedAttentionError
     from quantgate_serve.http.app import Service, build_app
     from quantgate_serve.loading import UnsupportedModelError
     from quantgate_serve.startup import build_engine, load_for_serving
@@ -85,6 +87,9 @@ def main(argv: list[str] | None = None) -> int:
             if settings.ready_file is not None:
                 _write_whole(settings.ready_file, json.dumps({"url": url, "pid": os.getpid()}))
 
+        async def on_tick(self, counter: int) -> bool:
+            return await super().on_tick(counter) or engine.failure is not None
+
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             service.is_draining = True
             await super().shutdown(sockets)
@@ -93,7 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, lambda *_: None)
     asyncio.run(Server(config).serve(sockets=[listener]))
-    return 0
+    if isinstance(engine.failure, UnsupportedAttentionError):
+        return _refuse(engine.failure)
+    return 0 if engine.failure is None else 1
 
 
 def _parser() -> argparse.ArgumentParser:

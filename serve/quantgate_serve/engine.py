@@ -13,7 +13,14 @@ from time import perf_counter_ns
 import torch
 
 from quantgate_serve.metrics import Metrics
-from quantgate_serve.request import Delta, FinishReason, Request, RequestError, SamplingParams
+from quantgate_serve.request import (
+    Delta,
+    FinishReason,
+    Request,
+    RequestError,
+    RequestState,
+    SamplingParams,
+)
 from quantgate_serve.runner import ChunkResult, Runner
 from quantgate_serve.scheduler import Chunk, Scheduler
 
@@ -32,6 +39,10 @@ class QueueFullError(Exception):
 
 class RequestTooLongError(Exception):
     """Prompt and max_tokens can never fit."""
+
+
+class EngineStoppedError(Exception):
+    """The engine has ended; nothing will be computed any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +76,8 @@ class Engine:
         self._num_queued = 0
         self._queued_tokens = 0
         self.is_warm = False
+        # What ended the engine, if it did not end by stop().
+        self.failure: Exception | None = None
 
     # Called from any thread.
 
@@ -86,6 +99,7 @@ class Engine:
         """Queue `requests`, all or none.
 
         Raises:
+            EngineStoppedError: the engine has ended.
             RequestTooLongError: one can never fit.
             QueueFullError: too much is queued already.
         """
@@ -93,6 +107,8 @@ class Engine:
             self.check(request.num_prompt, request.params.max_tokens)
         tokens = sum(_queue_cost(request) for request in requests)
         with self._lock:
+            if self.failure is not None or self._stopping:
+                raise EngineStoppedError("the engine has stopped; start the server again.")
             self._refuse_when_full(len(requests), tokens)
             self._num_queued += len(requests)
             self._queued_tokens += tokens
@@ -155,13 +171,29 @@ class Engine:
         self.is_warm = True
 
     def _loop(self) -> None:
-        self.warm_up()
-        while not self._stopping:
-            if not self.has_work:
-                self._wake.wait()
-                self._wake.clear()
-                continue
-            self.step()
+        try:
+            self.warm_up()
+            while not self._stopping:
+                if self.has_work:
+                    self.step()
+                else:
+                    self._wake.wait()
+                    self._wake.clear()
+        # Outside a step's own boundary only a fault of the engine is left: end, and tell everyone.
+        except Exception as error:
+            _log.error("the engine has failed", exc_info=error)
+            with self._lock:
+                self.failure = error
+            self._fail_all(error)
+
+    def _fail_all(self, error: Exception) -> None:
+        unfinished = [*self._scheduler.running, *self._scheduler.waiting, *self._inbox]
+        for request in unfinished:
+            request.error = RequestError(f"the engine has failed: {error}", "engine_failed")
+            request.state = RequestState.FINISHED
+            request.finish_reason = FinishReason.ERROR
+        deltas = [Delta(request, request.num_output, "", True) for request in unfinished]
+        self.deliver(deltas)
 
     def _take_mail(self) -> None:
         while self._inbox:

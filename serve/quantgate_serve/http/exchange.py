@@ -11,6 +11,7 @@ from starlette.requests import Request as HttpRequest
 
 from quantgate_serve.engine import (
     Engine,
+    EngineStoppedError,
     QueueFullError,
     RequestTooLongError,
     call_listeners,
@@ -97,6 +98,8 @@ def submit(engine: Engine, requests: Sequence[Request]) -> None:
         engine.submit(requests)
     except RequestTooLongError as error:
         raise ApiError(400, str(error), code="context_length_exceeded") from error
+    except EngineStoppedError as error:
+        raise ApiError(503, str(error), code="engine_failed") from error
     except QueueFullError as error:
         raise ApiError(
             429, str(error), code=error.reason, retry_after_s=error.retry_after_s

@@ -1,7 +1,7 @@
 """The prefix cache: whole KV pages found again by the tokens they hold.
 
-A tree per root (a root is a tenant; today there is one), each edge one page of tokens, compared token
-by token: the key is the tokens themselves, so a hash collision cannot share a page.
+A tree per root (a root is a tenant; today there is one), each edge one page of tokens. The key is
+the tokens themselves, so a hash collision cannot share a page.
 Least recently used leaves that nobody else refers to are dropped first.
 """
 

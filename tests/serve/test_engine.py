@@ -1,0 +1,364 @@
+"""The engine as a whole: the right tokens, whoever shares the batch, whatever fails."""
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from quantgate_serve.detokenize import TextStream
+from quantgate_serve.engine import Engine, EngineStoppedError, QueueFullError, RequestTooLongError
+from quantgate_serve.request import Delta, FinishReason, Request
+from quantgate_serve.runner import ChunkResult
+from quantgate_serve.scheduler import Chunk
+
+MakeEngine = Callable[..., Engine]
+MakeRequest = Callable[..., Request]
+Prompts = Callable[[int], list[list[int]]]
+RunAll = Callable[[Engine, list[Request]], None]
+Generate = Callable[..., list[int]]
+
+FAMILIES = {
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 32}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": None}),
+    "gemma": (transformers.GemmaConfig, {"head_dim": 16, "hidden_act": "gelu_pytorch_tanh"}),
+    "gpt_neox": (transformers.GPTNeoXConfig, {"num_key_value_heads": 4}),
+    "tied_llama": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
+}
+
+
+class FailingRunner:
+    """Runs steps, but raises where `fails` says so."""
+
+    def __init__(self, runner: Any, fails: Callable[[Sequence[Chunk]], Exception | None]) -> None:
+        self._runner = runner
+        self._fails = fails
+
+    def run(self, plan: Sequence[Chunk]) -> list[ChunkResult]:
+        error = self._fails(plan)
+        if error is not None:
+            raise error
+        results: list[ChunkResult] = self._runner.run(plan)
+        return results
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_greedy_tokens_equal_generate_on_64_ragged_prompts(
+    make_engine: MakeEngine,
+    make_request: MakeRequest,
+    prompts: Prompts,
+    run_all: RunAll,
+    generate: Generate,
+    llama_folder: Path,
+    prefix_cache: bool,
+) -> None:
+    engine = make_engine(prefix_cache=prefix_cache)
+    requests = [make_request(prompt) for prompt in prompts(64)]
+    run_all(engine, requests)
+    for request in requests:
+        assert request.output_ids == generate(llama_folder, request.prompt_ids)
+        assert request.finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_equal_generate_in_every_family(
+    family: str,
+    save_model: Callable[..., Path],
+    config_of: Callable[..., Any],
+    make_engine: MakeEngine,
+    make_request: MakeRequest,
+    prompts: Prompts,
+    run_all: RunAll,
+    generate: Generate,
+) -> None:
+    kind, changes = FAMILIES[family]
+    folder = save_model(config_of(kind, **changes), dtype=torch.bfloat16)
+    requests = [make_request(prompt) for prompt in prompts(8)]
+    run_all(make_engine(folder), requests)
+    for request in requests:
+        assert request.output_ids == generate(folder, request.prompt_ids)
+
+
+def test_a_full_pool_preempts_and_changes_no_token(
+    make_engine: MakeEngine,
+    make_request: MakeRequest,
+    prompts: Prompts,
+    run_all: RunAll,
+    generate: Generate,
+    llama_folder: Path,
+) -> None:
+    engine = make_engine(kv_tokens=160, prefix_cache=False)
+    requests = [make_request(prompt, max_tokens=40) for prompt in prompts(10)]
+    run_all(engine, requests)
+    assert engine.metrics.preemptions > 0
+    for request in requests:
+        assert request.output_ids == generate(llama_folder, request.prompt_ids, max_tokens=40)
+
+
+def test_a_repeated_prompt_reuses_its_pages(
+    make_engine: MakeEngine, make_request: MakeRequest, run_all: RunAll
+) -> None:
+    engine = make_engine()
+    prompt = list(range(2, 52))
+    first, second = make_request(prompt), make_request(prompt)
+    run_all(engine, [first])
+    run_all(engine, [second])
+    assert (first.num_cached, second.num_cached) == (0, 48)
+    assert first.output_ids == second.output_ids
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_decodes(
+    make_engine: MakeEngine,
+    make_request: MakeRequest,
+    run_all: RunAll,
+    generate: Generate,
+    llama_folder: Path,
+) -> None:
+    engine = make_engine(max_batched_tokens=16)
+    source = random.Random(1)
+    long = [source.randrange(2, 384) for _ in range(200)]
+    short = make_request([5, 6, 7], max_tokens=10)
+    engine.submit([short])
+    engine.step()
+    request = make_request(long)
+    run_all(engine, [request])
+    assert request.output_ids == generate(llama_folder, long)
+    # The short one decoded in every step, so it was done before the long prompt was.
+    assert short.finished_ns < request.finished_ns
+    assert short.output_ids == generate(llama_folder, [5, 6, 7], max_tokens=10)
+
+
+def test_samples_do_not_depend_on_batch_mates(
+    make_engine: MakeEngine, make_request: MakeRequest, prompts: Prompts, run_all: RunAll
+) -> None:
+    def sampled() -> list[Request]:
+        return [
+            make_request(prompt, temperature=1.0, top_p=0.9, seed=seed)
+            for seed, prompt in enumerate(prompts(12))
+        ]
+
+    together = sampled()
+    run_all(make_engine(), together)
+    alone = sampled()
+    engine = make_engine(max_batch_size=1)
+    run_all(engine, alone)
+    assert [r.output_ids for r in together] == [r.output_ids for r in alone]
+    assert len({tuple(r.output_ids) for r in together}) == 12
+
+
+def test_logprobs_equal_those_of_a_plain_forward(
+    make_engine: MakeEngine, make_request: MakeRequest, run_all: RunAll, llama_folder: Path
+) -> None:
+    from quantgate_serve import offline
+
+    prompt = list(range(10, 50))
+    request = make_request(
+        prompt, num_logprobs=3, prompt_logprobs=True, logprob_token_ids=(4, 9), max_tokens=5
+    )
+    run_all(make_engine(max_batched_tokens=16), [request])
+    (expected,) = offline.log_probs(
+        offline.load_model(llama_folder, device="cpu"), [request.token_ids]
+    )
+    entries = request.prompt_logprobs + request.logprobs
+    assert [entry.token_id for entry in entries] == request.token_ids[1:]
+    for row, entry in zip(expected, entries, strict=False):
+        assert entry.logprob == pytest.approx(row[entry.token_id].item(), abs=1e-4)
+        assert [token for token, _ in entry.top] == row.topk(3).indices.tolist()
+    for row, entry in zip(expected[len(prompt) - 1 :], request.logprobs, strict=False):
+        assert entry.of_token_ids == pytest.approx((row[4].item(), row[9].item()), abs=1e-4)
+
+
+def test_max_tokens_zero_scores_the_prompt_and_ends(
+    make_engine: MakeEngine, make_request: MakeRequest, run_all: RunAll
+) -> None:
+    request = make_request([3, 4, 5], max_tokens=0, num_logprobs=0, prompt_logprobs=True)
+    run_all(make_engine(), [request])
+    assert request.output_ids == []
+    assert [entry.token_id for entry in request.prompt_logprobs] == [4, 5]
+    assert request.finish_reason is FinishReason.LENGTH
+
+
+def test_an_end_token_stops_unless_ignored(
+    make_engine: MakeEngine, make_request: MakeRequest, run_all: RunAll
+) -> None:
+    free = make_request([7, 8, 9])
+    run_all(make_engine(), [free])
+    third = free.output_ids[2]
+    at = free.output_ids.index(third)
+    stopped = make_request([7, 8, 9], ignore_eos=False)
+    stopped.eos_ids = frozenset([third])
+    ignoring = make_request([7, 8, 9])
+    ignoring.eos_ids = frozenset([third])
+    run_all(make_engine(), [stopped, ignoring])
+    assert stopped.output_ids == free.output_ids[: at + 1]
+    assert (stopped.finish_reason, stopped.ended_by_eos) == (FinishReason.STOP, True)
+    assert ignoring.output_ids == free.output_ids
+
+
+def test_a_stop_string_ends_the_request(
+    make_engine: MakeEngine, make_request: MakeRequest, run_all: RunAll
+) -> None:
+    def decode(ids: list[int]) -> str:
+        return "".join(f"<{token}>" for token in ids)
+
+    free = make_request([7, 8, 9])
+    run_all(make_engine(), [free])
+    # Spans the boundary between the second and the third token.
+    stop = decode(free.output_ids[1:3])[1:-1]
+    request = make_request([7, 8, 9], stop=(stop,))
+    request.text = TextStream(decode, stop=[stop])
+    run_all(make_engine(), [request])
+    assert request.num_output == 3
+    assert request.text.text == decode(free.output_ids[:2])[: -len(str(free.output_ids[1])) - 1]
+    assert request.finish_reason is FinishReason.STOP
+
+
+def test_abort_frees_pages_before_the_next_step(
+    make_engine: MakeEngine, make_request: MakeRequest
+) -> None:
+    engine = make_engine(prefix_cache=False)
+    running, queued = make_request([2] * 40, max_tokens=100), make_request([3] * 40)
+    engine.submit([running])
+    engine.step()
+    assert engine._scheduler.pool.num_used > 0
+    engine.submit([queued])
+    engine.abort([running, queued])
+    engine.step()
+    assert engine._scheduler.pool.num_used == 0
+    assert (running.finish_reason, queued.finish_reason) == (FinishReason.ABORT,) * 2
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"),
+        ValueError("a bug"),
+    ],
+)
+def test_a_step_that_always_fails_with_one_request_ends_only_that_one(
+    error: Exception,
+    make_engine: MakeEngine,
+    make_request: MakeRequest,
+    prompts: Prompts,
+    run_all: RunAll,
+    generate: Generate,
+    llama_folder: Path,
+) -> None:
+    engine = make_engine()
+    requests = [make_request(prompt) for prompt in prompts(9)]
+    culprit = requests[4]
+    engine._runner = FailingRunner(  # type: ignore[assignment]
+        engine._runner, lambda plan: error if any(c.request is culprit for c in plan) else None
+    )
+    run_all(engine, requests)
+    assert culprit.finish_reason is FinishReason.ERROR
+    assert culprit.error is not None
+    is_oom = not isinstance(error, ValueError)
+    assert culprit.error.code == ("out_of_memory" if is_oom else "engine_error")
+    assert (engine.metrics.oom > 0, engine.metrics.step_errors > 0) == (is_oom, not is_oom)
+    for request in requests:
+        if request is not culprit:
+            assert request.output_ids == generate(llama_folder, request.prompt_ids)
+
+
+def test_memory_that_runs_out_at_random_steps_changes_no_token(
+    make_engine: MakeEngine,
+    make_request: MakeRequest,
+    prompts: Prompts,
+    run_all: RunAll,
+) -> None:
+    def mixed() -> list[Request]:
+        return [
+            make_request(prompt, temperature=float(i % 2), seed=i, num_logprobs=1)
+            for i, prompt in enumerate(prompts(16))
+        ]
+
+    calm = mixed()
+    run_all(make_engine(), calm)
+    source = random.Random(0)
+    engine = make_engine()
+    engine._runner = FailingRunner(  # type: ignore[assignment]
+        engine._runner,
+        lambda plan: torch.OutOfMemoryError() if len(plan) > 1 and source.random() < 0.4 else None,
+    )
+    shaken = mixed()
+    run_all(engine, shaken)
+    assert engine.metrics.oom_retry > 3
+    assert [r.output_ids for r in shaken] == [r.output_ids for r in calm]
+    assert all(len(r.logprobs) == r.num_output for r in shaken)
+
+
+def test_a_fault_outside_a_step_ends_the_engine_and_tells_everyone(
+    make_engine: MakeEngine, make_request: MakeRequest
+) -> None:
+    engine = make_engine()
+    heard: list[Delta] = []
+    request = make_request([2, 3])
+    request.listener = heard.append
+    engine.submit([request])
+
+    def broken() -> list[Chunk]:
+        raise KeyError("scheduler")
+
+    engine._scheduler.schedule = broken  # type: ignore[method-assign]
+    engine.is_warm = True
+    engine.warm_up = lambda: None  # type: ignore[method-assign]
+    engine.start()
+    assert engine._thread is not None
+    engine._thread.join(timeout=10)
+    assert not engine.is_alive
+    assert [delta.is_last for delta in heard] == [True]
+    assert request.error is not None
+    assert request.error.code == "engine_failed"
+    with pytest.raises(EngineStoppedError):
+        engine.submit([make_request([2])])
+
+
+def test_what_can_never_fit_is_refused(make_engine: MakeEngine, make_request: MakeRequest) -> None:
+    with pytest.raises(RequestTooLongError, match="context length is 256 tokens"):
+        make_engine().submit([make_request([2] * 200, max_tokens=57)])
+    with pytest.raises(RequestTooLongError, match="KV cache holds 64 tokens"):
+        make_engine(kv_tokens=64).submit([make_request([2] * 60, max_tokens=5)])
+    make_engine(kv_tokens=64).submit([make_request([2] * 60, max_tokens=4)])
+
+
+def test_a_full_queue_refuses_by_requests_and_by_tokens(
+    make_engine: MakeEngine, make_request: MakeRequest
+) -> None:
+    engine = make_engine(max_queued_requests=2)
+    engine.submit([make_request([2]), make_request([2])])
+    with pytest.raises(QueueFullError, match="2 requests are queued") as caught:
+        engine.submit([make_request([2])])
+    assert caught.value.reason == "queued_requests"
+    while engine.has_work:
+        engine.step()
+    engine.submit([make_request([2])])
+    engine = make_engine(max_queued_tokens=50)
+    engine.submit([make_request([2] * 40, max_tokens=40)])
+    with pytest.raises(QueueFullError, match="80 tokens are queued"):
+        engine.submit([make_request([2])])
+    assert engine.metrics.rejections == {"queued_tokens": 1}
+
+
+def test_an_exhausted_engine_holds_no_queue_and_no_page(
+    make_engine: MakeEngine, make_request: MakeRequest, prompts: Prompts, run_all: RunAll
+) -> None:
+    engine = make_engine(prefix_cache=False)
+    run_all(engine, [make_request(prompt) for prompt in prompts(20)])
+    assert engine._scheduler.pool.num_used == 0
+    assert (engine._num_queued, engine._queued_tokens) == (0, 0)
+    assert engine.metrics.finished == {"length": 20}
+
+
+def test_warm_up_leaves_nothing_behind(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.warm_up()
+    assert engine.is_warm
+    assert engine._scheduler.pool.num_used == 0
+    assert engine.metrics.generation_tokens == 0

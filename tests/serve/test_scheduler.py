@@ -1,0 +1,174 @@
+"""Who is computed next, and who gives way."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantgate_serve.kv.pool import PagePool
+from quantgate_serve.kv.prefix import PrefixCache
+from quantgate_serve.request import FinishReason, Request, RequestState, SamplingParams
+from quantgate_serve.scheduler import Chunk, Scheduler
+
+
+def make_scheduler(
+    *, num_pages: int = 64, batch: int = 8, tokens: int = 32, cached: bool = False
+) -> Scheduler:
+    pool = PagePool(num_pages)
+    return Scheduler(
+        pool,
+        max_batch_size=batch,
+        max_batched_tokens=tokens,
+        prefix_cache=PrefixCache(pool) if cached else None,
+    )
+
+
+def request_of(length: int, *, max_tokens: int = 8, first: int = 2) -> Request:
+    return Request([first + i % 50 for i in range(length)], SamplingParams(max_tokens=max_tokens))
+
+
+def compute(scheduler: Scheduler, plan: list[Chunk]) -> None:
+    """What the engine does with a plan, without a model."""
+    for chunk in plan:
+        is_last = chunk.is_last
+        scheduler.commit(chunk)
+        if is_last:
+            chunk.request.token_ids.append(3)
+            if chunk.request.num_output >= chunk.request.params.max_tokens:
+                scheduler.finish(chunk.request, FinishReason.LENGTH)
+
+
+def test_decodes_come_before_prompts() -> None:
+    scheduler = make_scheduler(tokens=16)
+    first = request_of(10)
+    scheduler.add(first)
+    compute(scheduler, scheduler.schedule())
+    second = request_of(40)
+    scheduler.add(second)
+    plan = scheduler.schedule()
+    assert [(chunk.request, chunk.length) for chunk in plan] == [(first, 1), (second, 15)]
+
+
+def test_the_token_budget_bounds_every_step() -> None:
+    scheduler = make_scheduler(tokens=20)
+    for length in (50, 3, 30):
+        scheduler.add(request_of(length))
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        assert 0 < sum(chunk.length for chunk in plan) <= 20
+        compute(scheduler, plan)
+
+
+def test_requests_are_admitted_in_order_of_arrival() -> None:
+    scheduler = make_scheduler(batch=1)
+    requests = [request_of(5, max_tokens=1) for _ in range(4)]
+    for request in requests:
+        scheduler.add(request)
+    order = []
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        order += [chunk.request for chunk in plan]
+        compute(scheduler, plan)
+    assert order == requests
+
+
+def test_the_newest_gives_its_pages_and_returns_to_the_head_of_the_queue() -> None:
+    scheduler = make_scheduler(num_pages=5, tokens=64)
+    old, new, later = request_of(31, max_tokens=40), request_of(20, max_tokens=40), request_of(4)
+    for request in (old, new, later):
+        scheduler.add(request)
+    while not scheduler.num_preemptions:
+        compute(scheduler, scheduler.schedule())
+        scheduler.check_integrity()
+    assert new.state is RequestState.WAITING
+    assert (new.pages, new.num_computed) == ([], 0)
+    assert scheduler.waiting[0] is new
+    assert old.state is RequestState.RUNNING
+
+
+def test_a_finished_request_holds_no_pages_and_its_prompt_is_remembered() -> None:
+    scheduler = make_scheduler(cached=True, tokens=64)
+    request = request_of(40, max_tokens=1)
+    scheduler.add(request)
+    compute(scheduler, scheduler.schedule())
+    assert request.state is RequestState.FINISHED
+    assert request.pages == []
+    again = request_of(40, max_tokens=1)
+    scheduler.add(again)
+    (chunk,) = scheduler.schedule()
+    assert (chunk.start, chunk.length, again.num_cached) == (32, 8, 32)
+
+
+def test_finishing_twice_changes_nothing() -> None:
+    scheduler = make_scheduler()
+    request = request_of(4)
+    scheduler.add(request)
+    scheduler.schedule()
+    scheduler.finish(request, FinishReason.STOP)
+    scheduler.finish(request, FinishReason.ABORT)
+    assert request.finish_reason is FinishReason.STOP
+    scheduler.check_integrity()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    num_pages=st.integers(4, 24),
+    batch=st.integers(1, 6),
+    tokens=st.integers(1, 40),
+    cached=st.booleans(),
+    sizes=st.lists(
+        st.tuples(st.integers(1, 40), st.integers(1, 24), st.integers(2, 4)), min_size=1, max_size=8
+    ),
+    aborts=st.lists(st.integers(0, 40), max_size=3),
+)
+def test_every_request_ends_once_and_no_page_is_lost(
+    num_pages: int,
+    batch: int,
+    tokens: int,
+    cached: bool,
+    sizes: list[tuple[int, int, int]],
+    aborts: list[int],
+) -> None:
+    scheduler = make_scheduler(num_pages=num_pages, batch=batch, tokens=tokens, cached=cached)
+    requests = [
+        request_of(length, max_tokens=max_tokens, first=first)
+        for length, max_tokens, first in sizes
+        if scheduler.pool.pages_for(length + max_tokens) <= num_pages
+    ]
+    for request in requests:
+        scheduler.add(request)
+    steps = 0
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        assert plan or scheduler.num_preemptions
+        assert len({chunk.request.id for chunk in plan}) == len(plan)
+        for chunk in plan:
+            needed = scheduler.pool.pages_for(chunk.start + chunk.length)
+            assert len(chunk.request.pages) >= needed
+        compute(scheduler, plan)
+        if steps in aborts and scheduler.running:
+            scheduler.finish(scheduler.running[0], FinishReason.ABORT)
+        scheduler.check_integrity()
+        steps += 1
+        assert steps < 5000, "no progress"
+    for request in requests:
+        assert request.state is RequestState.FINISHED
+        if request.finish_reason is not FinishReason.ABORT:
+            assert request.num_output == request.params.max_tokens
+
+
+def test_a_batch_never_grows_beyond_its_limit() -> None:
+    scheduler = make_scheduler(batch=3)
+    for _ in range(9):
+        scheduler.add(request_of(2))
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        assert len(scheduler.running) <= 3
+        compute(scheduler, plan)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(16, 1), (17, 2)])
+def test_a_prompt_takes_the_pages_it_needs(length: int, expected: int) -> None:
+    scheduler = make_scheduler()
+    scheduler.add(request_of(length))
+    (chunk,) = scheduler.schedule()
+    assert len(chunk.request.pages) == expected
