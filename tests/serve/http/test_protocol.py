@@ -1,0 +1,102 @@
+"""What a client may send, and the words of a refusal."""
+
+import json
+from typing import Any
+
+import pytest
+
+from quantgate_serve.http.errors import ApiError
+from quantgate_serve.http.protocol import (
+    ChatBody,
+    CompletionBody,
+    parse_body,
+    parse_prompts,
+    sampling_params,
+)
+
+
+def completion(**values: Any) -> CompletionBody:
+    return parse_body(CompletionBody, json.dumps({"prompt": "a"} | values).encode())
+
+
+@pytest.mark.parametrize(
+    ("values", "param"),
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"n": 0}, "n"),
+        ({"n": 65}, "n"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"best_of": 3}, "best_of"),
+        ({"suffix": "x"}, "suffix"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"logit_bias": {"1": 2}}, "logit_bias"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+    ],
+)
+def test_a_bad_value_is_a_400_that_names_it(values: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        completion(**values)
+    assert (caught.value.status, caught.value.param) == (400, param)
+    assert caught.value.body()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b'"a"', b"\xff", b"[" * 100_000])
+def test_a_body_that_is_no_json_object_is_a_400(raw: bytes) -> None:
+    with pytest.raises(ApiError, match="the body is not"):
+        parse_body(CompletionBody, raw)
+
+
+def test_a_missing_prompt_is_a_400() -> None:
+    with pytest.raises(ApiError, match="prompt: Field required"):
+        parse_body(CompletionBody, b"{}")
+
+
+def test_neutral_values_of_missing_features_are_accepted() -> None:
+    body = completion(frequency_penalty=0, best_of=1, logit_bias={}, user="me", unknown=1)
+    assert body.n == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts", "token_ids"),
+    [
+        ("a", ["a"], None),
+        (["a", "b"], ["a", "b"], None),
+        ([1, 2], None, [[1, 2]]),
+        ([[1], [2, 3]], None, [[1], [2, 3]]),
+    ],
+)
+def test_a_prompt_has_four_forms(prompt: Any, texts: Any, token_ids: Any) -> None:
+    prompts = parse_prompts(prompt, vocab_size=10)
+    assert (prompts.texts, prompts.token_ids) == (texts, token_ids)
+
+
+@pytest.mark.parametrize(
+    "prompt", [[], [[]], [1, "a"], [[1], "a"], [[True]], {}, 3, None, [10], [-1], [[1.5]]]
+)
+def test_any_other_prompt_is_a_400(prompt: Any) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_prompts(prompt, vocab_size=10)
+    assert (caught.value.status, caught.value.param) == (400, "prompt")
+
+
+def test_each_choice_has_its_own_seed() -> None:
+    body = completion(seed=7, n=2, echo=True, logprobs=1, stop="x")
+    first, second = (
+        sampling_params(body, max_tokens=4, choice=choice, base_seed=7) for choice in (0, 1)
+    )
+    assert (first.seed, second.seed) == (7, 8)
+    assert first.prompt_logprobs
+    assert first.stop == ("x",)
+
+
+def test_chat_top_logprobs_need_logprobs() -> None:
+    raw = json.dumps({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}).encode()
+    with pytest.raises(ApiError, match="needs logprobs"):
+        parse_body(ChatBody, raw)

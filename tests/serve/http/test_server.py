@@ -1,0 +1,382 @@
+"""A real child process, and real clients: what a user of the server meets."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import yaml
+
+from quantgate_serve.config import sha256_of
+
+Generate = Callable[..., list[int]]
+PROMPT = "the order desk takes 3 nuts"
+
+
+@contextmanager
+def server(
+    folder: Path, work: Path, *options: str
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A child process serving `folder`, from listening until it is stopped."""
+    ready_file = work / "ready.json"
+    with (work / "log").open("wb") as log:
+        child = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "quantgate_serve", "--model", str(folder)),
+                *("--port", "0", "--ready-file", str(ready_file), "--device", "cpu"),
+                *("--threads", "1", "--served-model-name", "tiny", *options),
+            ],
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while not ready_file.exists():
+            assert child.poll() is None, (work / "log").read_text()
+            assert time.monotonic() < deadline, "not listening after a minute"
+            time.sleep(0.05)
+        written = json.loads(ready_file.read_text())
+        assert written["pid"] == child.pid
+        yield child, written["url"]
+    finally:
+        child.kill()
+        child.wait()
+
+
+def wait_until_ready(url: str) -> None:
+    deadline = time.monotonic() + 30
+    while httpx.get(f"{url}/ready").status_code != 200:
+        assert time.monotonic() < deadline, "not ready after half a minute"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def url(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    options = ("--kv-tokens", "512", "--max-queued-requests", "40", "--max-body-bytes", "20000")
+    with server(llama_folder, tmp_path_factory.mktemp("server"), *options) as (_, found):
+        wait_until_ready(found)
+        yield found
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def post(url: str, path: str = "/v1/completions", **body: Any) -> httpx.Response:
+    return httpx.post(f"{url}{path}", json={"model": "tiny"} | body, timeout=60)
+
+
+def metric(url: str, name: str) -> float:
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"quantgate_{name}{{"))
+
+
+def test_the_openai_client_completes_as_generate_does(
+    client: openai.OpenAI, llama_folder: Path, generate: Generate, tokenizer: Any
+) -> None:
+    answer = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=8, temperature=0, extra_body={"ignore_eos": True}
+    )
+    ids = generate(llama_folder, tokenizer.encode(PROMPT), max_tokens=8)
+    assert answer.choices[0].text == tokenizer.decode(ids, skip_special_tokens=True)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 8
+
+
+def test_many_clients_at_once_get_the_tokens_of_generate(
+    url: str,
+    prompts: Callable[[int], list[list[int]]],
+    llama_folder: Path,
+    generate: Generate,
+) -> None:
+    async def ask() -> list[dict[str, Any]]:
+        async with httpx.AsyncClient(timeout=60) as http:
+            answers = await asyncio.gather(
+                *(
+                    http.post(
+                        f"{url}/v1/completions",
+                        json={
+                            "prompt": prompt,
+                            "max_tokens": 10,
+                            "temperature": 0,
+                            "ignore_eos": True,
+                            "return_token_ids": True,
+                        },
+                    )
+                    for prompt in prompts(24)
+                )
+            )
+        return [answer.json()["choices"][0] for answer in answers]
+
+    for prompt, choice in zip(prompts(24), asyncio.run(ask()), strict=True):
+        assert choice["prompt_token_ids"] == prompt
+        assert choice["token_ids"] == generate(llama_folder, prompt, max_tokens=10)
+
+
+def test_a_list_of_prompts_and_n_give_choices_in_order(url: str) -> None:
+    answer = post(url, prompt=[[5, 6], [7, 8, 9]], n=2, max_tokens=3, seed=1).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert answer["usage"] == {
+        "prompt_tokens": 5,
+        "completion_tokens": sum(
+            len(choice["token_ids"])
+            for choice in post(
+                url, prompt=[[5, 6], [7, 8, 9]], n=2, max_tokens=3, seed=1, return_token_ids=True
+            ).json()["choices"]
+        ),
+        "total_tokens": answer["usage"]["prompt_tokens"] + answer["usage"]["completion_tokens"],
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+
+
+def test_echo_with_prompt_logprobs_scores_a_text(client: openai.OpenAI) -> None:
+    answer = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=0, echo=True, logprobs=1, temperature=0
+    )
+    choice = answer.choices[0]
+    assert choice.text == PROMPT
+    assert choice.logprobs is not None
+    tokens, values = choice.logprobs.tokens, choice.logprobs.token_logprobs
+    assert tokens is not None
+    assert values is not None
+    assert "".join(tokens) == PROMPT
+    assert values[0] is None
+    assert all(value < 0 for value in values[1:])
+    assert choice.logprobs.text_offset == [len("".join(tokens[:i])) for i in range(len(tokens))]
+
+
+def test_log_probabilities_of_chosen_ids_come_back_by_id(url: str) -> None:
+    body = {"prompt": [5, 6, 7], "max_tokens": 2, "temperature": 0, "ignore_eos": True}
+    choice = post(url, **body, logprob_token_ids=[9, 4]).json()["choices"][0]
+    positions = choice["logprobs"]["token_id_logprobs"]
+    assert [list(position) for position in positions] == [["9", "4"]] * 2
+    top = post(url, **body, logprobs=20).json()["choices"][0]["logprobs"]["top_logprobs"][0]
+    assert max(positions[0].values()) <= max(top.values())
+
+
+def test_a_stream_adds_up_to_the_whole(client: openai.OpenAI) -> None:
+    def ask(**options: Any) -> Any:
+        return client.completions.create(
+            model="tiny",
+            prompt=PROMPT,
+            max_tokens=20,
+            temperature=1,
+            seed=3,
+            extra_body={"ignore_eos": True},
+            **options,
+        )
+
+    whole = ask().choices[0]
+    chunks = list(ask(stream=True, stream_options={"include_usage": True}))
+    parts = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    assert "".join(part.text for part in parts) == whole.text
+    assert [part.finish_reason for part in parts if part.finish_reason] == [whole.finish_reason]
+    assert chunks[-1].usage.completion_tokens == 20
+
+
+def test_chat_answers_and_streams(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "3 nuts"}]
+
+    def ask(**options: Any) -> Any:
+        return client.chat.completions.create(
+            model="tiny",
+            messages=messages,
+            max_tokens=6,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+            **options,
+        )
+
+    whole = ask(logprobs=True, top_logprobs=2).choices[0]
+    assert whole.message.role == "assistant"
+    assert len(whole.logprobs.content) == 6
+    assert len(whole.logprobs.content[0].top_logprobs) == 2
+    deltas = [chunk.choices[0].delta for chunk in ask(stream=True)]
+    assert deltas[0].role == "assistant"
+    assert "".join(delta.content or "" for delta in deltas) == whole.message.content
+
+
+def test_a_stop_string_is_cut_from_the_text(client: openai.OpenAI) -> None:
+    def ask(**options: Any) -> Any:
+        return client.completions.create(
+            model="tiny",
+            prompt=PROMPT,
+            max_tokens=12,
+            temperature=0,
+            extra_body={"ignore_eos": True},
+            **options,
+        ).choices[0]
+
+    text = ask().text
+    stop = text[4:6]
+    stopped = ask(stop=[stop])
+    assert stopped.text == text[: text.index(stop)]
+    assert stopped.finish_reason == "stop"
+
+
+def test_timings_tell_a_request_s_life(url: str) -> None:
+    timings = post(url, prompt=[5, 6], max_tokens=4, ignore_eos=True).json()["timings"]
+    assert set(timings) == {"queue_ms", "prefill_ms", "decode_ms", "ttft_ms"}
+    assert timings["ttft_ms"] == pytest.approx(timings["queue_ms"] + timings["prefill_ms"])
+    assert timings["decode_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        ({"prompt": "a", "model": "other"}, 404, "model_not_found"),
+        ({"prompt": "a", "temperature": -1}, 400, "invalid_value"),
+        ({"prompt": [5], "max_tokens": 256}, 400, "context_length_exceeded"),
+        ({"prompt": [99999]}, 400, "invalid_value"),
+        ({"prompt": ""}, 400, "invalid_value"),
+        ({"prompt": "a", "logprob_token_ids": [-1]}, 400, "invalid_value"),
+        ({"prompt": "a" * 30_000}, 413, "request_too_large"),
+        ({"prompt": [5], "max_tokens": 256, "stream": True}, 400, "context_length_exceeded"),
+        ({"prompt": [[5]] * 41}, 429, "queued_requests"),
+    ],
+)
+def test_a_refusal_has_openais_form(url: str, body: dict[str, Any], status: int, code: str) -> None:
+    answer = post(url, **body)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == code
+    assert (answer.headers.get("retry-after") is not None) == (status == 429)
+
+
+def test_other_routes_and_methods_are_refused_in_the_same_form(url: str) -> None:
+    assert httpx.get(f"{url}/v1/nothing").json()["error"]["message"] == "Not Found"
+    assert httpx.get(f"{url}/v1/completions").status_code == 405
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve("other")
+        assert [model.id for model in client.models.list()] == ["tiny"]
+
+
+def test_a_client_that_leaves_frees_its_pages(url: str) -> None:
+    used = metric(url, "kv_cache_usage_perc")
+    aborted = metric(url, "request_success_total")
+    body = {"prompt": [3] * 40, "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+        next(response.iter_lines())
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/completions", json=body | {"stream": False}, timeout=0.05)
+    deadline = time.monotonic() + 10
+    while metric(url, "request_success_total") < aborted + 2:
+        assert time.monotonic() < deadline, "the requests were not ended"
+        time.sleep(0.05)
+    assert metric(url, "num_requests_running") == 0
+    # The prompt's pages stay in the prefix cache, the output's do not.
+    assert metric(url, "kv_cache_usage_perc") <= used + 40 / 512 + 0.4
+
+
+def test_metrics_have_the_names_that_dashboards_read(url: str) -> None:
+    text = httpx.get(f"{url}/metrics").text
+    for name in (
+        "num_requests_running",
+        "num_requests_waiting",
+        "request_queue_time_seconds_bucket",
+        "time_to_first_token_seconds_bucket",
+        "inter_token_latency_seconds_bucket",
+        "e2e_request_latency_seconds_bucket",
+        "generation_tokens_total",
+        "prompt_tokens_total",
+        "batch_size_bucket",
+        "step_time_seconds_bucket",
+        "oom_total",
+        "oom_retry_total",
+        "peak_memory_bytes",
+        "kv_cache_usage_perc",
+    ):
+        assert f"quantgate_{name}{{" in text
+    assert 'quantgate_request_queue_time_seconds_bucket{le="0.001"' in text
+    assert metric(url, "peak_memory_bytes") > 1e7
+
+
+def test_ready_follows_warm_up_and_a_termination_drains(llama_folder: Path, tmp_path: Path) -> None:
+    with server(llama_folder, tmp_path) as (child, url):
+        wait_until_ready(url)
+        answers: list[httpx.Response] = []
+        body = {"prompt": [3] * 20, "max_tokens": 230, "ignore_eos": True}
+        asking = threading.Thread(target=lambda: answers.append(post(url, **body)))
+        asking.start()
+        while metric(url, "num_requests_running") == 0:
+            time.sleep(0.005)
+        child.send_signal(signal.SIGTERM)
+        asking.join(timeout=30)
+        assert answers[0].json()["usage"]["completion_tokens"] == 230
+        assert child.wait(timeout=30) == 0
+
+
+def test_a_drain_has_a_bound(llama_folder: Path, tmp_path: Path) -> None:
+    with server(llama_folder, tmp_path, "--drain-timeout-s", "0") as (child, url):
+        wait_until_ready(url)
+        body = {"prompt": [3] * 20, "max_tokens": 230, "ignore_eos": True, "n": 64}
+        asking = threading.Thread(target=lambda: _ignore_loss(url, body))
+        asking.start()
+        while metric(url, "num_requests_running") == 0:
+            time.sleep(0.005)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=15) == 0
+        asking.join(timeout=15)
+
+
+def _ignore_loss(url: str, body: dict[str, Any]) -> None:
+    try:
+        post(url, **body)
+    except httpx.HTTPError:
+        return
+
+
+def test_the_champion_is_served_and_other_bytes_are_refused(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "variant"
+    shutil.copytree(llama_folder, folder)
+    files = {path.name: sha256_of(path) for path in folder.iterdir()}
+    config = tmp_path / "serve" / "serving.yaml"
+    config.parent.mkdir()
+    champion = {
+        "name": "bf16",
+        "path": "variant",
+        "scheme": "bf16",
+        "artifact_sha256": "0" * 64,
+        "files": files,
+        "release": "r1",
+        "verdicts_sha256": "0" * 64,
+        "promoted_at": "2026-11-24T00:00:00Z",
+    }
+    config.write_text(yaml.safe_dump({"model_name": "demo", "champion": champion}))
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    command = [sys.executable, "-m", "quantgate_serve", "--config", str(config), "--port", "0"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert refused.returncode == 2
+    assert "model.safetensors has sha256" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_refused_model_ends_with_code_2_and_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "quantgate_serve", "--model", str(tmp_path), "--port", "0"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert refused.returncode == 2
+    assert "has no config.json" in refused.stderr
+    assert "Traceback" not in refused.stderr
