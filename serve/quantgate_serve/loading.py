@@ -300,6 +300,10 @@ def _has_fast_gptq(device: torch.device) -> bool:
 def _settle_bitsandbytes(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Make bitsandbytes compute in the type that was asked for, and stop its warning per call."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for parameter in model.parameters():
+        # What is not quantized keeps the type it was stored in, whatever from_pretrained is told.
+        if parameter.is_floating_point() and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
     if device.type != "cpu" or dtype != torch.float32:
         return
     module: Any
