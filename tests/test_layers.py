@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 QUANTGATE = ROOT / "harness" / "quantgate"
 SERVER = ROOT / "serve" / "quantgate_serve"
 
-PURE = ("measure.py", "spec.py", "policy.py", "verdict.py", "verdicts_file.py", "statistics")
+PURE = (
+    "measure.py", "measurements_file.py", "units.py", "spec.py", "gate.py", "policy.py",
+    "finding.py", "verdict.py", "verdicts_file.py", "statistics",
+)  # fmt: skip
 HEAVY = ("torch", "transformers", "mlflow", "bitsandbytes", "gptqmodel", "datasets", "evaluate")
 OFFLINE_USER = "quality/teacher.py"
 

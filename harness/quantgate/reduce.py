@@ -103,7 +103,7 @@ def _load(evidence: VariantEvidence, release: ReleaseFolder) -> list[Measurement
     return [
         *_ratios(champion, candidate, source=source),
         absolute_latency(candidate, source=source),
-        Scalar(metric=MEMORY_METRIC, value=facts.peak_bytes, unit="B", n=1, source=source),
+        _memory(evidence, facts.peak_bytes, source=source),
         *_stability(evidence, release, candidate, facts.oom_count, source=source),
     ]
 
@@ -113,6 +113,12 @@ def _ratios(champion: ArmLoad, candidate: ArmLoad, *, source: str) -> list[Measu
         return compare_arms(champion, candidate, source=source)
     reason = "the variant is the champion, and was not measured beside itself"
     return [Missing(metric=metric, reason=reason, source=source) for metric in RATIO_METRICS]
+
+
+def _memory(evidence: VariantEvidence, load_peak_bytes: int, *, source: str) -> Measurement:
+    """The peak over both stages that talk to the server."""
+    peak = max(load_peak_bytes, evidence.candidate.peak_bytes)
+    return Scalar(metric=MEMORY_METRIC, value=peak, unit="B", n=1, source=source)
 
 
 def _stability(

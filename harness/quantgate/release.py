@@ -34,6 +34,7 @@ from quantgate.quality.stage import QualityResult, ServedModel, engine_sha256, m
 from quantgate.reduce import VariantEvidence, reduce_variant
 from quantgate.release_folder import JUDGED, MEASURED, ReleaseFolder, open_release, store_of
 from quantgate.server import ServerOptions
+from quantgate.server_pool import ServerPool
 from quantgate.variants.build import Variant, adopt_variant, build_variant
 from quantgate.variants.calibration import CalibrationSet, load_calibration
 from quantgate.variants.source import SourceModel, open_source
@@ -120,9 +121,10 @@ def measure_release(request: ReleaseRequest, progress: Progress) -> ReleaseFolde
         },
     )
     champion = find_champion(plan.policy, plan.source, variants, request.serving_config)
-    quality = _measure_quality(plan, release, variants, progress)
-    distribution = _measure_distribution(plan, release, variants, progress)
-    load = _measure_load(plan, release, variants, champion, progress)
+    with ServerPool(plan.server, keeps_running=plan.device == "cpu") as servers:
+        quality = _measure_quality(plan, release, variants, servers, progress)
+        distribution = _measure_distribution(plan, release, variants, progress)
+        load = _measure_load(plan, release, variants, champion, servers, progress)
     measured = {
         name: VariantMeasurements(
             variant=name,
@@ -201,11 +203,7 @@ def _plan(request: ReleaseRequest) -> _Plan:
     if unknown:
         raise UsageError(f"--variants {unknown[0]}: the policy has {', '.join(policy.variants)}.")
     device = choose_device(request.device or policy.device)
-    golden_folders = [
-        Path("golden_sets"),
-        policy.path.parent / "golden_sets",
-        policy.path.resolve().parents[1].parent / "golden_sets",
-    ]
+    golden_folders = [base / "golden_sets" for base in _bases(policy)]
 
     def golden(name: str) -> GoldenSet:
         return load_golden_set(find_golden_set(name, folders=golden_folders))
@@ -239,13 +237,18 @@ def _plan(request: ReleaseRequest) -> _Plan:
 
 
 def _find_file(policy: Policy, name: str) -> Path:
-    """A file named in a policy: from the working folder, the policy's folder, or its project."""
-    bases = [Path(), policy.path.parent, policy.path.resolve().parents[1].parent]
-    for base in bases:
+    for base in _bases(policy):
         if (base / name).is_file():
             return base / name
-    looked = ", ".join(str(base / name) for base in bases)
+    looked = ", ".join(str(base / name) for base in _bases(policy))
     raise UsageError(f"{policy.path}: file {name!r} not found; looked for {looked}.")
+
+
+def _bases(policy: Policy) -> list[Path]:
+    """Where a policy's files are looked for: its project (the folder that holds gates/policies/),
+    its own folder, and last the working folder, which may be another project."""
+    folder = policy.path.resolve().parent
+    return [folder.parents[1], folder, Path.cwd()]
 
 
 def _identity(plan: _Plan) -> dict[str, object]:
@@ -270,29 +273,19 @@ def _build(plan: _Plan, progress: Progress) -> tuple[dict[str, Variant], dict[st
     progress.stage("build", len(names))
     variants: dict[str, Variant] = {}
     failures: dict[str, str] = {}
-    for name in names:
-        spec = plan.policy.variants[name]
-        try:
-            if spec.path is not None:
-                variant = adopt_variant(Path(spec.path), name=name, scheme=spec.scheme)
+    # On a CPU a build is mostly imports and one busy core.
+    with ThreadPoolExecutor(max_workers=2 if plan.device == "cpu" else 1) as pool:
+        built = {name: pool.submit(_build_one, plan, name) for name in names}
+        for name, future in built.items():
+            try:
+                variants[name] = future.result()
+            except MeasurementError as error:
+                failures[name] = str(error)
+                progress.note(f"{name}: {error}")
+                progress.step(note=f"{name} failed")
             else:
-                group = {"group_size": spec.group_size} if spec.group_size else {}
-                variant = build_variant(
-                    plan.source,
-                    name=name,
-                    scheme=spec.scheme,
-                    options=spec.options | group,
-                    device=plan.device,
-                    calibration=plan.calibration,
-                    store=store_of(plan.runs) / "variants",
-                )
-        except MeasurementError as error:
-            failures[name] = str(error)
-            progress.note(f"{name}: {error}")
-            progress.step(note=f"{name} failed")
-        else:
-            variants[name] = variant
-            progress.step(note=f"{name} {'reused' if variant.is_reused else 'built'}")
+                how = "reused" if variants[name].is_reused else "built"
+                progress.step(note=f"{name} {how}")
     if plan.policy.reference in failures:
         raise MeasurementError(
             f"the reference {plan.policy.reference} could not be built, so there is nothing to "
@@ -301,8 +294,31 @@ def _build(plan: _Plan, progress: Progress) -> tuple[dict[str, Variant], dict[st
     return variants, failures
 
 
+def _build_one(plan: _Plan, name: str) -> Variant:
+    spec = plan.policy.variants[name]
+    if spec.path is not None:
+        folder = next(
+            (b / spec.path for b in _bases(plan.policy) if (b / spec.path).is_dir()), None
+        )
+        return adopt_variant(folder or Path(spec.path), name=name, scheme=spec.scheme)
+    group = {"group_size": spec.group_size} if spec.group_size else {}
+    return build_variant(
+        plan.source,
+        name=name,
+        scheme=spec.scheme,
+        options=spec.options | group,
+        device=plan.device,
+        calibration=plan.calibration,
+        store=store_of(plan.runs) / "variants",
+    )
+
+
 def _measure_quality(
-    plan: _Plan, release: ReleaseFolder, variants: dict[str, Variant], progress: Progress
+    plan: _Plan,
+    release: ReleaseFolder,
+    variants: dict[str, Variant],
+    servers: ServerPool,
+    progress: Progress,
 ) -> dict[str, QualityResult]:
     """Asks the reference and every variant the golden sets, two servers at a time on a CPU."""
     models = [
@@ -323,7 +339,7 @@ def _measure_quality(
             plan.golden_sets,
             store=store_of(plan.runs) / "results",
             log=release.log(model.name),
-            options=plan.server,
+            servers=servers,
             timeout_s=plan.timeout_s * 10,
             on_answers=lambda count: progress.step(count, model.name),
         )
@@ -406,6 +422,7 @@ def _measure_load(
     release: ReleaseFolder,
     variants: dict[str, Variant],
     champion: Champion,
+    servers: ServerPool,
     progress: Progress,
 ) -> dict[str, str]:
     """Paired blocks of every variant against the champion; returns failures by variant."""
@@ -414,20 +431,27 @@ def _measure_load(
         return {}
     workloads = _workloads(plan)
     write_json(release.load / "workload.json", workload_digests(workloads))
+    # The champion shares the server of the variant it is, unless the two are compared.
+    shared = [
+        name
+        for name, variant in variants.items()
+        if variant.folder == champion.folder and not _is_compared(plan.policy, name)
+    ]
+    log = release.log(shared[0]) if shared else release.load / "champion.log"
     candidates = [
         Arm(name=name, folder=variant.folder, log=release.log(name))
         for name, variant in variants.items()
-        if variant.folder != champion.folder or _is_compared(plan.policy, name)
+        if name not in shared
     ]
     progress.stage("load", workload.blocks * (len(candidates) + 1))
     return measure_load(
-        Arm(name=champion.name, folder=champion.folder, log=release.load / "champion.log"),
+        Arm(name=champion.name, folder=champion.folder, log=log),
         candidates,
         workloads,
         folder=release.load,
         # On a GPU two models with equal KV budgets stay resident; on a CPU all of them.
         arms_together=None if plan.device == "cpu" else 2,
-        options=plan.server,
+        servers=servers,
         warmup_requests=workload.warmup_requests,
         timeout_s=plan.timeout_s,
         on_block=lambda arm, block: progress.step(note=f"round {block + 1}, {arm}"),

@@ -101,6 +101,10 @@ class Server:
             raise MeasurementError(f"{self.url}/metrics has no quantgate_peak_memory_bytes")
         return int(peak)
 
+    def oom_count(self) -> int:
+        """Steps that ran out of memory since the server started."""
+        return int(self.counters().get("quantgate_oom_total", 0))
+
     def stop(self) -> None:
         """Asks the server to drain, then ends it; returns when the process is gone."""
         if self.process.poll() is None:

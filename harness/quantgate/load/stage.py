@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from quantgate.errors import MeasurementError
 from quantgate.files import read_json, write_json
 from quantgate.load.blocks import block_path, run_blocks
 from quantgate.load.workload import BlockWorkload
-from quantgate.server import Server, ServerOptions, running_server
+from quantgate.server import Server
+from quantgate.server_pool import ServerPool
 
 CHAMPION_ARM = "champion"
 
@@ -40,7 +41,7 @@ def measure_load(
     *,
     folder: Path,
     arms_together: int | None,
-    options: ServerOptions,
+    servers: ServerPool,
     warmup_requests: int,
     timeout_s: float,
     on_block: Callable[[str, int], None],
@@ -60,7 +61,7 @@ def measure_load(
         while group:
             dead = _measure_group(
                 champion, group, workloads, folder=folder / f"group-{start // size}",
-                options=options, warmup_requests=warmup_requests, timeout_s=timeout_s,
+                servers=servers, warmup_requests=warmup_requests, timeout_s=timeout_s,
                 on_block=on_block,
             )  # fmt: skip
             if dead is None:
@@ -109,7 +110,7 @@ def _measure_group(
     workloads: Sequence[BlockWorkload],
     *,
     folder: Path,
-    options: ServerOptions,
+    servers: ServerPool,
     warmup_requests: int,
     timeout_s: float,
     on_block: Callable[[str, int], None],
@@ -122,18 +123,17 @@ def _measure_group(
             on_block(name, block)
     if done == len(workloads) and all((folder / n / "server.json").is_file() for n in arms):
         return None
-    servers: dict[str, Server] = {}
+    running: dict[str, Server] = {}
     with ExitStack() as stack:
         for name, arm in arms.items():
             try:
-                servers[name] = stack.enter_context(
-                    running_server(arm.folder, log=arm.log, options=options)
-                )
+                running[name] = stack.enter_context(servers.serving(arm.folder, log=arm.log))
             except MeasurementError as error:
                 return name, str(error)
+        ooms_before = {name: server.oom_count() for name, server in running.items()}
         try:
             run_blocks(
-                servers,
+                running,
                 workloads,
                 first_block=done,
                 folder=folder,
@@ -142,13 +142,14 @@ def _measure_group(
                 on_block=on_block,
             )
         except MeasurementError as error:
-            dead = next((n for n, s in servers.items() if s.process.poll() is not None), None)
+            dead = next((n for n, s in running.items() if s.process.poll() is not None), None)
             if dead is None:
                 raise
             return dead, str(error)
-        for name, server in servers.items():
+        for name, server in running.items():
             try:
-                _write_facts(folder / name / "server.json", server)
+                path = folder / name / "server.json"
+                _write_facts(path, server, ooms_before=ooms_before[name])
             except MeasurementError as error:
                 return name, str(error)
     return None
@@ -162,15 +163,9 @@ def _whole_rounds(folder: Path, arms: Sequence[str], num_blocks: int) -> int:
     return num_blocks
 
 
-def _write_facts(path: Path, server: Server) -> None:
-    counters = server.counters()
-    write_json(
-        path,
-        {
-            "peak_bytes": server.peak_bytes(),
-            "oom_count": int(counters.get("quantgate_oom_total", 0)),
-        },
-    )
+def _write_facts(path: Path, server: Server, *, ooms_before: int) -> None:
+    facts = ArmFacts(peak_bytes=server.peak_bytes(), oom_count=server.oom_count() - ooms_before)
+    write_json(path, asdict(facts))
 
 
 def workload_digests(workloads: Sequence[BlockWorkload]) -> Mapping[str, str]:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from quantgate.errors import MeasurementError
 from quantgate.files import write_json
-from quantgate.measure import Binomial, Clustered, Measurement, Missing, Scalar
+from quantgate.measure import Clustered, Measurement, Missing, Scalar
 from quantgate.quality.rendering import RenderedPrompt
 from quantgate.server import last_lines
 
@@ -113,10 +113,12 @@ def reduce_distribution(path: Path, *, source: str) -> list[Measurement]:
             n=table.num_rows,
             source=source,
         ),
-        Binomial(
+        # Tokens of one document are not independent, so agreement is clustered like KL.
+        Clustered(
             metric="quality/top1_agreement.rate",
-            events=int(agree.sum()),
-            trials=table.num_rows,
+            unit="1",
+            totals=tuple(np.bincount(index, weights=agree.astype(float))),
+            counts=counts,
             source=source,
         ),
         Clustered(

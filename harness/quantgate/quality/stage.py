@@ -16,7 +16,7 @@ from quantgate.quality.golden import GoldenSet
 from quantgate.quality.lock import changes_since_lock, read_lock
 from quantgate.quality.rendering import RenderedPrompt, Renderer
 from quantgate.quality.results import write_results
-from quantgate.server import ServerOptions, running_server
+from quantgate.server_pool import ServerPool
 
 # `evaluate` keeps its modules' state in process-wide caches.
 _SCORING = threading.Lock()
@@ -41,6 +41,8 @@ class QualityResult:
     """Reason by golden set."""
     oom_count: int | None
     """Out-of-memory events of the server while asked; None when it died."""
+    peak_bytes: int
+    """Most memory the server held by the end of a set; 0 when none was asked."""
     num_reused: int
 
 
@@ -50,7 +52,7 @@ def measure_quality(
     *,
     store: Path,
     log: Path,
-    options: ServerOptions,
+    servers: ServerPool,
     timeout_s: float,
     on_answers: Callable[[int], None],
 ) -> QualityResult:
@@ -78,26 +80,29 @@ def measure_quality(
             )
             continue
         prompts[golden.name] = rendered
-        key = _key(model, golden, options)
+        key = _key(model, golden, servers)
         paths[golden.name] = store / f"{golden.name}-{key[:24]}.parquet"
     asked = [g for g in sets if g.name in paths and not _has_results(paths[g.name])]
     for golden in sets:
         if golden not in asked:
             on_answers(len(golden.items))
-    ooms: int | None = sum(_stored_ooms(p) for n, p in paths.items() if _has_results(p))
+    has_died = False
     if asked:
         try:
-            ooms = (ooms or 0) + _ask(
-                model, asked, prompts, paths, log=log, options=options, timeout_s=timeout_s,
+            _ask(
+                model, asked, prompts, paths, log=log, servers=servers, timeout_s=timeout_s,
                 on_answers=on_answers,
             )  # fmt: skip
         except MeasurementError as error:
-            ooms = None
+            has_died = True
             missing |= {g.name: str(error) for g in asked if not _has_results(paths[g.name])}
+    items = {name: path for name, path in paths.items() if name not in missing}
+    facts = [read_json(_sidecar(path)) for path in items.values()]
     return QualityResult(
-        items={name: path for name, path in paths.items() if name not in missing},
+        items=items,
         missing=missing,
-        oom_count=ooms,
+        oom_count=None if has_died else sum(int(f["oom_count"]) for f in facts),
+        peak_bytes=max((int(f["peak_bytes"]) for f in facts), default=0),
         num_reused=len(paths) - len(asked),
     )
 
@@ -109,33 +114,35 @@ def _ask(
     paths: Mapping[str, Path],
     *,
     log: Path,
-    options: ServerOptions,
+    servers: ServerPool,
     timeout_s: float,
     on_answers: Callable[[int], None],
-) -> int:
-    total = 0
-    with running_server(model.folder, log=log, options=options) as server:
+) -> None:
+    with servers.serving(model.folder, log=log) as server:
         for golden in sets:
+            before = server.oom_count()
             answers = ask_golden_set(
                 server.url, golden, prompts[golden.name], timeout_s=timeout_s, on_answers=on_answers
             )
             # A server that died answers nothing: those are not the variant's answers.
-            ooms = int(server.counters().get("quantgate_oom_total", 0)) - total
-            total += ooms
+            facts = {
+                "model": model.name,
+                "oom_count": server.oom_count() - before,
+                "peak_bytes": server.peak_bytes(),
+            }
             with _SCORING:
                 write_results(paths[golden.name], golden, answers)
-            write_json(_sidecar(paths[golden.name]), {"oom_count": ooms, "model": model.name})
-    return total
+            write_json(_sidecar(paths[golden.name]), facts)
 
 
-def _key(model: ServedModel, golden: GoldenSet, options: ServerOptions) -> str:
+def _key(model: ServedModel, golden: GoldenSet, servers: ServerPool) -> str:
     """Results are found by what they depend on, never by a name."""
     return sha256_of_json(
         {
             "artifact": model.artifact_sha256,
             "lock": dict(read_lock(golden.folder)),
             "engine": engine_sha256(),
-            "server": options.arguments(),
+            "server": servers.options.arguments(),
         }
     )
 
@@ -155,7 +162,3 @@ def _sidecar(path: Path) -> Path:
 def _has_results(path: Path) -> bool:
     # The sidecar is written last, so a parquet without one belongs to an interrupted run.
     return path.is_file() and _sidecar(path).is_file()
-
-
-def _stored_ooms(path: Path) -> int:
-    return int(read_json(_sidecar(path))["oom_count"])

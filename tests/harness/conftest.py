@@ -1,0 +1,124 @@
+"""A real release in miniature, measured once per session: the demo model, few items."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from quantgate.policy import load_policy
+from quantgate.progress import Silent
+from quantgate.quality.golden import load_golden_set
+from quantgate.quality.lock import write_lock
+from quantgate.quality.rendering import Renderer
+from quantgate.record import record_release
+from quantgate.release import ReleaseRequest, ReleaseResult, judge_stored, measure_release
+from quantgate.variants.source import demo_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+
+POLICY = """
+policy: mini.cpu
+model: demo
+device: cpu
+reference: source
+champion: bf16
+variants:
+  bf16: {scheme: bf16}
+  int4-nf4: {scheme: int4-nf4}
+golden_sets: [order-total, order-route]
+distribution: {golden_set: order-prose, max_tokens: 64}
+workload:
+  seed: 1
+  burst_requests: 4
+  rate: 20 req/s
+  requests: 8
+  prompt_tokens: [8, 16]
+  output_tokens: [2, 4]
+  warmup_requests: 1
+  blocks: 4
+serving: {max_batch_size: 8, max_batched_tokens: 256, kv_tokens: 4096, threads: 1, timeout: 60 s}
+gates:
+  - {id: route, metric: quality/order-route.exact_match, test: non_inferiority, margin: 60 pt}
+  - {id: total-finished, metric: validity/order-total.finished, test: rate, max: 99 %}
+  - {id: kl, metric: quality/kl_nats.mean, test: mean, max: 0.0005 nats}
+  - {id: memory, metric: memory/peak_bytes.max, test: limit, max: 4 GiB}
+  - {id: oom, metric: stability/oom.count, test: limit, max: 0 count}
+  - {id: errors, metric: stability/error.rate, test: rate, max: 20 %}
+"""
+
+
+def write_mini_set(name: str, folder: Path, *, num_items: int) -> Path:
+    """The first items of one of the project's golden sets, locked for the demo model."""
+    source = ROOT / "golden_sets" / name
+    target = folder / name
+    target.mkdir(parents=True)
+    shutil.copyfile(source / "task.yaml", target / "task.yaml")
+    lines = (source / "items.jsonl").read_text(encoding="utf-8").split("\n")[:num_items]
+    (target / "items.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    golden = load_golden_set(target)
+    renderer = Renderer(demo_folder())
+    write_lock(golden, renderer.describe(golden, renderer.render(golden)), model="demo")
+    return target
+
+
+@dataclass(frozen=True)
+class MiniProject:
+    """A working folder as a user has one."""
+
+    root: Path
+
+    @property
+    def policy(self) -> Path:
+        return self.root / "gates" / "policies" / "mini.cpu.yaml"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def serving_config(self) -> Path:
+        return self.root / "serve" / "serving.yaml"
+
+    def request(self) -> ReleaseRequest:
+        return ReleaseRequest(
+            policy=load_policy(self.policy), runs=self.runs, serving_config=self.serving_config
+        )
+
+
+@pytest.fixture(scope="session")
+def mini_project(tmp_path_factory: pytest.TempPathFactory) -> MiniProject:
+    project = MiniProject(tmp_path_factory.mktemp("project"))
+    project.policy.parent.mkdir(parents=True)
+    project.policy.write_text(POLICY, encoding="utf-8")
+    for name, num_items in (("order-total", 6), ("order-route", 12), ("order-prose", 24)):
+        write_mini_set(name, project.root / "golden_sets", num_items=num_items)
+    return project
+
+
+@pytest.fixture(scope="session")
+def mini_release(mini_project: MiniProject) -> ReleaseResult:
+    """Measured, judged and recorded; tests that change it work on a copy."""
+    release = measure_release(mini_project.request(), Silent())
+    result = judge_stored(release)
+    record_release(release)
+    return result
+
+
+@pytest.fixture
+def release_copy(
+    mini_project: MiniProject, mini_release: ReleaseResult, tmp_path: Path
+) -> MiniProject:
+    """A copy of the project after its release, free to be damaged."""
+    root = tmp_path / "project"
+    shutil.copytree(mini_project.root, root)
+    return MiniProject(root)
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    """Changes keys of a JSON file by hand, as somebody who wants a PASS might."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(value | changes), encoding="utf-8")

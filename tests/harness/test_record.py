@@ -1,0 +1,166 @@
+"""The record in a real SQLite MLflow store."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import mlflow
+import pytest
+
+from quantgate.measure import (
+    Binomial,
+    Clustered,
+    Latencies,
+    Missing,
+    PairedBinary,
+    PairedBlocks,
+    Scalar,
+)
+from quantgate.record import embedded_uri, metrics_of, record_release
+from quantgate.release import ReleaseResult
+from quantgate.release_folder import JUDGED, RECORDED, releases
+
+if TYPE_CHECKING:
+    from conftest import MiniProject
+
+
+@pytest.fixture(scope="module")
+def runs(mini_release: ReleaseResult) -> dict[str, Any]:
+    """The recorded runs by variant; the parent under its release id."""
+    uri = embedded_uri(mini_release.folder.runs)
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("demo/release-gates")
+    found = client.search_runs([experiment.experiment_id])
+    return {r.data.tags.get("variant", r.data.tags["quantgate.release"]): r for r in found}
+
+
+def test_a_release_is_one_parent_with_one_child_per_variant(
+    runs: dict[str, Any], mini_release: ReleaseResult
+) -> None:
+    parent = runs[mini_release.folder.release_id]
+    assert runs.keys() == {mini_release.folder.release_id, "bf16", "int4-nf4"}
+    for variant in ("bf16", "int4-nf4"):
+        assert runs[variant].data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+
+
+def test_verdicts_are_tags_that_can_be_searched(
+    runs: dict[str, Any], mini_release: ReleaseResult
+) -> None:
+    client = mlflow.MlflowClient(tracking_uri=embedded_uri(mini_release.folder.runs))
+    experiment_id = runs["bf16"].info.experiment_id
+    failed = client.search_runs([experiment_id], "tags.`gate.kl` = 'FAIL'")
+    assert [run.data.tags["variant"] for run in failed] == ["int4-nf4"]
+    assert runs["int4-nf4"].data.tags["decision"] == "not approved"
+    assert runs["bf16"].data.tags["gate.verdict"] == "PASS"
+
+
+def test_metrics_stand_in_sections_and_blocks_are_steps(
+    runs: dict[str, Any], mini_release: ReleaseResult
+) -> None:
+    metrics = runs["int4-nf4"].data.metrics
+    sections = {name.split("/")[0] for name in metrics}
+    assert {"quality", "perf", "memory", "stability", "gate", "blocks"} <= sections
+    assert metrics["gate/kl"] == 0.0
+    client = mlflow.MlflowClient(tracking_uri=embedded_uri(mini_release.folder.runs))
+    history = client.get_metric_history(runs["int4-nf4"].info.run_id, "blocks/output_tok_per_s")
+    assert [point.step for point in history] == [0, 1, 2, 3]
+
+
+def test_files_are_artifacts_under_the_runs_folder(
+    runs: dict[str, Any], mini_release: ReleaseResult
+) -> None:
+    folder = mini_release.folder
+    parent = runs[folder.release_id]
+    artifacts = folder.runs / "artifacts" / parent.info.run_id / "artifacts"
+    for name in ("policy.yaml", "measurements.json", "verdicts.json", "summary.md"):
+        assert (artifacts / name).is_file()
+    assert (artifacts / "verdicts.json").read_bytes() == folder.verdicts.read_bytes()
+
+
+def test_golden_sets_are_inputs_with_the_digest_of_their_lock(
+    runs: dict[str, Any], mini_release: ReleaseResult
+) -> None:
+    inputs = runs[mini_release.folder.release_id].inputs.dataset_inputs
+    locks = mini_release.folder.read_state()["golden_sets"]
+    assert {i.dataset.name: i.dataset.digest for i in inputs} == {
+        name: digest[:32] for name, digest in locks.items()
+    }
+
+
+def test_recording_twice_finds_the_first_record(release_copy: MiniProject) -> None:
+    release = next(releases(release_copy.runs))
+    first = record_release(release)
+    assert record_release(release) == first
+
+
+def test_recording_is_what_lets_a_release_be_promoted(release_copy: MiniProject) -> None:
+    release = next(releases(release_copy.runs))
+    release.update_state(stage=JUDGED)
+    record_release(release)
+    assert release.read_state()["stage"] == RECORDED
+
+
+def test_importing_the_recorder_does_not_import_mlflow() -> None:
+    code = "import sys, quantgate.record; sys.exit('mlflow' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("measurement", "expected"),
+    [
+        (
+            Scalar(metric="memory/peak_bytes.max", source="f", value=7, unit="B", n=1),
+            {"memory/peak_bytes.max": 7.0},
+        ),
+        (
+            PairedBinary(
+                metric="quality/a.exact_match",
+                source="f",
+                both=6,
+                reference_only=3,
+                candidate_only=1,
+                neither=0,
+            ),
+            {"quality/a.exact_match": 0.7, "quality/a.exact_match.drop": 0.2},
+        ),
+        (
+            Binomial(metric="stability/error.rate", source="f", events=1, trials=4),
+            {"stability/error.rate": 0.25},
+        ),
+        (
+            Clustered(
+                metric="quality/perplexity.ratio",
+                source="f",
+                unit="x",
+                totals=(0.0, 0.0),
+                counts=(1, 3),
+                transform="exp",
+                paired=True,
+            ),
+            {"quality/perplexity.ratio": 1.0},
+        ),
+        (
+            PairedBlocks(
+                metric="perf/output_tok_per_s.ratio",
+                source="f",
+                unit="tok/s",
+                champion=(1.0, 4.0),
+                candidate=(2.0, 2.0),
+            ),
+            {"perf/output_tok_per_s.ratio": 1.0},
+        ),
+        (
+            Latencies(metric="perf/e2e_ms.p95", source="f", unit="ms", values=(1.0,), failed=1),
+            {},
+        ),
+        (Missing(metric="perf/e2e_ms.p95", reason="the server died"), {}),
+    ],
+    ids=["scalar", "paired binary", "binomial", "clustered", "blocks", "failed p95", "missing"],
+)
+def test_a_chart_shows_a_number_only_where_there_is_one(
+    measurement: Any, expected: dict[str, float]
+) -> None:
+    assert dict(metrics_of(measurement)) == pytest.approx(expected)

@@ -1,0 +1,142 @@
+"""The pipeline end to end on real parts, in miniature."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import pyarrow.parquet as pq
+import pytest
+
+from quantgate.errors import ArtifactError, UsageError
+from quantgate.load.stage import CHAMPION_ARM
+from quantgate.measure import Binomial, Clustered, Latencies, Missing, PairedBinary, Scalar
+from quantgate.measurements_file import read_measurements
+from quantgate.progress import Silent
+from quantgate.release import ReleaseResult, judge_stored, measure_release
+from quantgate.release_folder import MEASURING, RECORDED, ReleaseFolder, releases
+from quantgate.verdict import Outcome
+from quantgate.verdicts_file import read_verdicts
+
+if TYPE_CHECKING:
+    from conftest import MiniProject
+
+
+def test_a_release_writes_every_file_that_the_next_stage_reads(
+    mini_release: ReleaseResult,
+) -> None:
+    folder = mini_release.folder
+    for path in (folder.policy, folder.measurements, folder.verdicts):
+        assert path.is_file()
+    for variant in ("source", "bf16", "int4-nf4"):
+        assert folder.items(variant, "order-total").is_file()
+    assert folder.distribution("int4-nf4").is_file()
+    assert (folder.load / "group-0" / CHAMPION_ARM / "block-03.parquet").is_file()
+    assert folder.read_state()["stage"] == RECORDED
+
+
+def test_every_metric_has_a_value_of_the_kind_its_gates_need(mini_release: ReleaseResult) -> None:
+    measured = read_measurements(mini_release.folder.measurements).variants["int4-nf4"]
+    kinds = {
+        "quality/order-route.exact_match": PairedBinary,
+        "validity/order-total.finished": Binomial,
+        "quality/kl_nats.mean": Clustered,
+        "quality/top1_agreement.rate": Clustered,
+        "perf/e2e_ms.p95": Latencies,
+        "memory/peak_bytes.max": Scalar,
+        "stability/oom.count": Scalar,
+        "stability/error.rate": Binomial,
+    }
+    found = {metric: type(measured.measurements[metric]) for metric in kinds}
+    # On a busy machine the load client may be late, which is Missing and never a number.
+    assert found["perf/e2e_ms.p95"] in (Latencies, Missing)
+    assert found | {"perf/e2e_ms.p95": Latencies} == kinds
+
+
+def test_quantizing_to_four_bits_changes_the_distribution_more_than_a_cast(
+    mini_release: ReleaseResult,
+) -> None:
+    variants = read_measurements(mini_release.folder.measurements).variants
+
+    def mean_kl(name: str) -> float:
+        kl = variants[name].measurements["quality/kl_nats.mean"]
+        assert isinstance(kl, Clustered)
+        return sum(kl.totals) / sum(kl.counts)
+
+    assert 0 < mean_kl("bf16") < mean_kl("int4-nf4")
+
+
+def test_both_arms_of_a_block_replayed_the_same_requests(mini_release: ReleaseResult) -> None:
+    group = mini_release.folder.load / "group-0"
+    columns = ["phase", "index", "scheduled_ms", "prompt_tokens", "output_tokens"]
+    for block in range(4):
+        name = f"block-{block:02d}.parquet"
+        champion = pq.read_table(group / CHAMPION_ARM / name, columns=columns)
+        candidate = pq.read_table(group / "int4-nf4" / name, columns=columns)
+        assert champion.equals(candidate)
+
+
+def test_a_champion_that_no_ratio_gate_compares_has_no_second_server(
+    mini_release: ReleaseResult,
+) -> None:
+    assert not (mini_release.folder.load / "group-0" / "bf16").exists()
+    verdicts = {v.gate_id: v for v in mini_release.verdicts.decision("bf16").verdicts}  # type: ignore[union-attr]
+    assert verdicts["errors"].outcome is Outcome.PASS
+
+
+def test_judging_again_gives_the_same_verdicts(release_copy: MiniProject) -> None:
+    release = newest(release_copy)
+    before = release.verdicts.read_bytes()
+    judge_stored(release)
+    assert release.verdicts.read_bytes() == before
+
+
+def test_a_release_cut_short_goes_on_where_it_stopped(release_copy: MiniProject) -> None:
+    release = newest(release_copy)
+    release.update_state(stage=MEASURING)
+    release.measurements.unlink()
+    last = release.load / "group-0" / "int4-nf4" / "block-03.parquet"
+    kept = release.load / "group-0" / "int4-nf4" / "block-02.parquet"
+    last.unlink()
+    kept_bytes = kept.read_bytes()
+
+    again = measure_release(release_copy.request(), Silent())
+
+    assert again.release_id == release.release_id
+    assert last.is_file()
+    assert kept.read_bytes() == kept_bytes
+    assert read_measurements(again.measurements).variants.keys() == {"bf16", "int4-nf4"}
+
+
+def test_a_variant_whose_bytes_changed_is_refused(release_copy: MiniProject) -> None:
+    weights = next(release_copy.runs.glob("store/variants/int4-nf4-*/model.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"digest mismatch: model\.safetensors \(changed\)"):
+        measure_release(release_copy.request(), Silent())
+
+
+def test_a_golden_set_edited_after_locking_is_invalid(release_copy: MiniProject) -> None:
+    items = release_copy.root / "golden_sets" / "order-route" / "items.jsonl"
+    items.write_text(items.read_text(encoding="utf-8").replace("Which", "Whose", 1), "utf-8")
+    result = judge_stored(measure_release(release_copy.request(), Silent()))
+    for decision in result.decisions:
+        verdict = next(v for v in decision.verdicts if v.gate_id == "route")
+        assert verdict.outcome is Outcome.INVALID
+        assert "differs from its lock in the items (1 differ" in verdict.reason
+        assert not decision.approved
+
+
+def test_an_unknown_variant_on_the_command_line_is_named(mini_project: MiniProject) -> None:
+    request = dataclasses.replace(mini_project.request(), variants=["int3"])
+    with pytest.raises(UsageError, match="int3: the policy has bf16, int4-nf4"):
+        measure_release(request, Silent())
+
+
+def test_stored_verdicts_are_what_was_decided(mini_release: ReleaseResult) -> None:
+    assert read_verdicts(mini_release.folder.verdicts) == mini_release.verdicts
+
+
+def newest(project: MiniProject) -> ReleaseFolder:
+    return next(releases(project.runs))
