@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-slow lint gates ui clean
+CORE := measure measurements_file units spec gate policy finding verdict verdicts_file statistics
+
+.PHONY: setup demo test test-slow coverage lint gates ui clean
 
 setup: $(STAMP)
 
@@ -30,6 +32,11 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow tests
+
+# The pure core decides what ships: every branch of it is tested.
+coverage: setup
+	$(BIN)/python -m pytest -q tests/harness/statistics $(wildcard $(CORE:%=tests/harness/test_%.py)) \
+	  $(CORE:%=--cov=quantgate.%) --cov-branch --cov-fail-under=100 --cov-report=term-missing:skip-covered
 
 lint: setup
 	$(BIN)/ruff check .
