@@ -37,7 +37,7 @@ from quantgate.server import ServerOptions
 from quantgate.server_pool import ServerPool
 from quantgate.variants.build import Variant, adopt_variant, build_variant
 from quantgate.variants.calibration import CalibrationSet, load_calibration
-from quantgate.variants.source import SourceModel, open_source
+from quantgate.variants.source import DEMO_MODEL, SourceModel, open_source
 from quantgate.verdict import Decision, judge_release
 from quantgate.verdicts_file import ReleaseVerdicts, collect_verdicts, write_verdicts
 
@@ -197,7 +197,7 @@ def judge_stored(
 
 def _plan(request: ReleaseRequest) -> _Plan:
     policy = request.policy
-    source = open_source(request.model or policy.model)
+    source = open_source(request.model or _model_of(policy))
     names = tuple(request.variants or policy.variants)
     unknown = [name for name in names if name not in policy.variants]
     if unknown:
@@ -234,6 +234,14 @@ def _plan(request: ReleaseRequest) -> _Plan:
         ),
         runs=request.runs,
     )
+
+
+def _model_of(policy: Policy) -> str:
+    """A folder named in a policy is looked for like its files; other names are left as they are."""
+    if policy.model == DEMO_MODEL:
+        return DEMO_MODEL
+    folders = [base / policy.model for base in _bases(policy)]
+    return str(next((folder for folder in folders if folder.is_dir()), policy.model))
 
 
 def _find_file(policy: Policy, name: str) -> Path:

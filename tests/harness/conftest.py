@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 POLICY = """
 policy: mini.cpu
-model: demo
+model: order-desk
 device: cpu
 reference: source
 champion: bf16
@@ -51,7 +51,7 @@ gates:
 """
 
 
-def write_mini_set(name: str, folder: Path, *, num_items: int) -> Path:
+def write_mini_set(name: str, folder: Path, *, model: Path, num_items: int) -> Path:
     """The first items of one of the project's golden sets, locked for the demo model."""
     source = ROOT / "golden_sets" / name
     target = folder / name
@@ -60,7 +60,7 @@ def write_mini_set(name: str, folder: Path, *, num_items: int) -> Path:
     lines = (source / "items.jsonl").read_text(encoding="utf-8").split("\n")[:num_items]
     (target / "items.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     golden = load_golden_set(target)
-    renderer = Renderer(demo_folder())
+    renderer = Renderer(model)
     write_lock(golden, renderer.describe(golden, renderer.render(golden)), model="demo")
     return target
 
@@ -94,8 +94,15 @@ def mini_project(tmp_path_factory: pytest.TempPathFactory) -> MiniProject:
     project = MiniProject(tmp_path_factory.mktemp("project"))
     project.policy.parent.mkdir(parents=True)
     project.policy.write_text(POLICY, encoding="utf-8")
+    # A copy, so that training a new demo model meanwhile changes nothing here.
+    shutil.copytree(demo_folder(), project.root / "order-desk")
     for name, num_items in (("order-total", 6), ("order-route", 12), ("order-prose", 24)):
-        write_mini_set(name, project.root / "golden_sets", num_items=num_items)
+        write_mini_set(
+            name,
+            project.root / "golden_sets",
+            model=project.root / "order-desk",
+            num_items=num_items,
+        )
     return project
 
 

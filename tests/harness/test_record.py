@@ -31,7 +31,7 @@ def runs(mini_release: ReleaseResult) -> dict[str, Any]:
     """The recorded runs by variant; the parent under its release id."""
     uri = embedded_uri(mini_release.folder.runs)
     client = mlflow.MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name("demo/release-gates")
+    experiment = client.get_experiment_by_name("order-desk/release-gates")
     found = client.search_runs([experiment.experiment_id])
     return {r.data.tags.get("variant", r.data.tags["quantgate.release"]): r for r in found}
 
