@@ -7,11 +7,11 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from time import perf_counter_ns
 
 import torch
 
+from quantgate_serve.admission import Admission, AdmissionLimits, QueueFullError
 from quantgate_serve.metrics import Metrics
 from quantgate_serve.request import (
     Delta,
@@ -28,38 +28,15 @@ _log = logging.getLogger(__name__)
 Deliver = Callable[[list[Delta]], None]
 
 
-class QueueFullError(Exception):
-    """The queue takes no more; the client should come back after `retry_after_s`."""
-
-    def __init__(self, message: str, *, reason: str, retry_after_s: int) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.retry_after_s = retry_after_s
-
-
-class RequestTooLongError(Exception):
-    """Prompt and max_tokens can never fit."""
-
-
 class EngineStoppedError(Exception):
     """The engine has ended; nothing will be computed any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """What the engine takes on. `max_request_tokens` is the smaller of context and KV pool."""
-
-    context_length: int
-    max_request_tokens: int
-    max_queued_requests: int
-    max_queued_tokens: int
 
 
 class Engine:
     """Requests in, tokens out."""
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, metrics: Metrics, *, limits: EngineLimits
+        self, runner: Runner, scheduler: Scheduler, metrics: Metrics, *, limits: AdmissionLimits
     ) -> None:
         self.limits = limits
         self.metrics = metrics
@@ -69,31 +46,17 @@ class Engine:
         self._inbox: deque[Request] = deque()
         self._aborts: deque[Request] = deque()
         self._ended: list[Delta] = []
+        self._admission = Admission(limits)
+        # Held while handing in, so that nothing is handed to an engine that has ended.
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
-        self._num_queued = 0
-        self._queued_tokens = 0
         self.is_warm = False
         # What ended the engine, if it did not end by stop().
         self.failure: Exception | None = None
 
     # Called from any thread.
-
-    def check(self, num_prompt: int, max_tokens: int) -> None:
-        """Raise RequestTooLongError unless a request of this size can ever be served."""
-        wanted = num_prompt + max_tokens
-        if wanted <= self.limits.max_request_tokens:
-            return
-        if self.limits.max_request_tokens < self.limits.context_length:
-            bound = f"the KV cache holds {self.limits.max_request_tokens} tokens"
-        else:
-            bound = f"this model's context length is {self.limits.context_length} tokens"
-        raise RequestTooLongError(
-            f"{bound}, but {num_prompt} prompt tokens and max_tokens {max_tokens} need {wanted}. "
-            "Shorten the prompt or lower max_tokens."
-        )
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue `requests`, all or none.
@@ -103,15 +66,14 @@ class Engine:
             RequestTooLongError: one can never fit.
             QueueFullError: too much is queued already.
         """
-        for request in requests:
-            self.check(request.num_prompt, request.params.max_tokens)
-        tokens = sum(_queue_cost(request) for request in requests)
         with self._lock:
             if self.failure is not None or self._stopping:
                 raise EngineStoppedError("the engine has stopped; start the server again.")
-            self._refuse_when_full(len(requests), tokens)
-            self._num_queued += len(requests)
-            self._queued_tokens += tokens
+            try:
+                self._admission.enter(requests)
+            except QueueFullError as error:
+                self.metrics.rejections[error.reason] += 1
+                raise
             self._inbox.extend(requests)
         self._wake.set()
 
@@ -210,7 +172,7 @@ class Engine:
             request = chunk.request
             if request.scheduled_ns == 0:
                 request.scheduled_ns = now
-                self._leave_queue(request)
+                self._admission.leave(request)
                 self.metrics.queue_time_s.observe((now - request.arrived_ns) / 1e9)
                 self.metrics.prompt_tokens += request.num_prompt
         return plan
@@ -293,7 +255,7 @@ class Engine:
         now = perf_counter_ns()
         request.finished_ns = now
         if request.scheduled_ns == 0:
-            self._leave_queue(request)
+            self._admission.leave(request)
         elif request.first_token_ns and reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.metrics.prefill_s.observe((request.first_token_ns - request.scheduled_ns) / 1e9)
             self.metrics.decode_s.observe((now - request.first_token_ns) / 1e9)
@@ -318,37 +280,12 @@ class Engine:
         scheduler, metrics = self._scheduler, self.metrics
         metrics.num_running = len(scheduler.running)
         metrics.num_waiting = len(scheduler.waiting) + len(self._inbox)
-        metrics.queued_tokens = self._queued_tokens
+        metrics.queued_tokens = self._admission.num_tokens
         metrics.kv_usage = scheduler.pool.num_used / scheduler.pool.num_pages
         metrics.preemptions = scheduler.num_preemptions
         if scheduler.prefix_cache is not None:
             metrics.prefix_queries = scheduler.prefix_cache.queried_tokens
             metrics.prefix_hits = scheduler.prefix_cache.hit_tokens
-
-    def _refuse_when_full(self, count: int, tokens: int) -> None:
-        limits = self.limits
-        if self._num_queued + count > limits.max_queued_requests:
-            self.metrics.rejections["queued_requests"] += 1
-            raise QueueFullError(
-                f"{self._num_queued} requests are queued, the limit is "
-                f"{limits.max_queued_requests}. Try again later.",
-                reason="queued_requests",
-                retry_after_s=1,
-            )
-        # One request alone is always taken: it fits the KV cache, so waiting would not help it.
-        if self._num_queued and self._queued_tokens + tokens > limits.max_queued_tokens:
-            self.metrics.rejections["queued_tokens"] += 1
-            raise QueueFullError(
-                f"{self._queued_tokens} tokens are queued, the limit is "
-                f"{limits.max_queued_tokens}. Try again later.",
-                reason="queued_tokens",
-                retry_after_s=1,
-            )
-
-    def _leave_queue(self, request: Request) -> None:
-        with self._lock:
-            self._num_queued -= 1
-            self._queued_tokens -= _queue_cost(request)
 
 
 def call_listeners(deltas: list[Delta]) -> None:
@@ -371,10 +308,6 @@ def _request_error(error: Exception, *, is_oom: bool) -> RequestError:
             "out of memory: this request does not fit even alone. Shorten it.", "out_of_memory"
         )
     return RequestError(f"the model failed on this request: {error}", "engine_error")
-
-
-def _queue_cost(request: Request) -> int:
-    return request.num_prompt + request.params.max_tokens
 
 
 def _take_text(request: Request) -> str:

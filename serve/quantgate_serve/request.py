@@ -49,7 +49,13 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0 or self.top_k == 1
+        # Below this the division by the temperature overflows; vLLM draws the line here too.
+        return self.temperature < 1e-5 or self.top_k == 1
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the unlikely tokens are left out of a draw."""
+        return self.top_p < 1.0 or self.top_k > 0
 
     @property
     def wants_logprobs(self) -> bool:

@@ -19,15 +19,16 @@ def choose_tokens(
 ) -> list[int]:
     """The next token of each row of `logits` [N, V]; `positions` are output positions."""
     tokens: list[int] = logits.argmax(dim=-1).tolist()
-    sampled = [row for row, p in enumerate(params) if not p.is_greedy]
-    if sampled:
-        drawn = _draw(
-            logits[sampled].float(),
-            [params[row] for row in sampled],
-            [uniform(params[row].seed, positions[row]) for row in sampled],
-        )
-        for row, token in zip(sampled, drawn, strict=True):
-            tokens[row] = token
+    for is_cut, draw in ((False, _draw_from_all), (True, _draw_from_best)):
+        rows = [r for r, p in enumerate(params) if not p.is_greedy and p.is_cut is is_cut]
+        if rows:
+            drawn = draw(
+                logits[rows].float(),
+                [params[row] for row in rows],
+                [uniform(params[row].seed, positions[row]) for row in rows],
+            )
+            for row, token in zip(rows, drawn, strict=True):
+                tokens[row] = token
     return tokens
 
 
@@ -76,23 +77,45 @@ def _pick(logprobs: Tensor, ids: tuple[int, ...]) -> tuple[float, ...]:
     return tuple(logprobs.index_select(0, torch.tensor(ids, device=logprobs.device)).tolist())
 
 
-def _draw(logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]) -> list[int]:
+def _draw_from_all(
+    logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]
+) -> list[int]:
+    """Inverse-CDF sampling over the whole vocabulary, in the order of the ids."""
+    return _invert(_probabilities(logits, params), draws)
+
+
+def _draw_from_best(
+    logits: Tensor, params: Sequence[SamplingParams], draws: Sequence[float]
+) -> list[int]:
     """Inverse-CDF sampling over tokens sorted by probability; top-k and top-p cut the tail."""
     device = logits.device
-    temperature = torch.tensor([p.temperature for p in params], device=device)
-    ordered = (logits / temperature.unsqueeze(1)).sort(dim=-1, descending=True, stable=True)
-    probabilities = torch.softmax(ordered.values, dim=-1, dtype=torch.float64)  # [N, V]
+    ordered = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = _probabilities(ordered.values, params)
     ranks = torch.arange(logits.shape[1], device=device)
     top_k = torch.tensor([p.top_k or logits.shape[1] for p in params], device=device)
     probabilities = probabilities.masked_fill(ranks >= top_k.unsqueeze(1), 0.0)
     # top_p counts what is left after top_k, as in transformers and vLLM.
     probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
-    cumulative = probabilities.cumsum(dim=-1)
     top_p = torch.tensor([p.top_p for p in params], device=device, dtype=torch.float64)
     # A token stays while the mass before it is below top_p, so the first one always does.
-    is_kept = (cumulative - probabilities < top_p.unsqueeze(1)) & (probabilities > 0)
-    cumulative = (probabilities * is_kept).cumsum(dim=-1)
-    target = torch.tensor(draws, device=device, dtype=torch.float64) * cumulative[:, -1]
-    rank = (cumulative <= target.unsqueeze(1)).sum(dim=-1)
-    rank = torch.minimum(rank, is_kept.sum(dim=-1) - 1)
-    return ordered.indices.gather(1, rank.unsqueeze(1)).squeeze(1).tolist()
+    before = probabilities.cumsum(dim=-1) - probabilities
+    ranked = _invert(probabilities.masked_fill(before >= top_p.unsqueeze(1), 0.0), draws)
+    index = torch.tensor(ranked, device=device).unsqueeze(1)
+    tokens: list[int] = ordered.indices.gather(1, index).squeeze(1).tolist()
+    return tokens
+
+
+def _probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    temperature = torch.tensor([p.temperature for p in params], device=logits.device)
+    return torch.softmax(logits / temperature.unsqueeze(1), dim=-1, dtype=torch.float64)
+
+
+def _invert(probabilities: Tensor, draws: Sequence[float]) -> list[int]:
+    """The index where the running sum of `probabilities` [N, V] passes draw times its total."""
+    cumulative = probabilities.cumsum(dim=-1)
+    shares = torch.tensor(draws, device=cumulative.device, dtype=torch.float64)
+    target = (shares * cumulative[:, -1]).unsqueeze(1)
+    # draw < 1, but the product may round up to the total: then the last possible token.
+    target = torch.minimum(target, cumulative[:, -1:].nextafter(torch.zeros_like(target)))
+    indices: list[int] = (cumulative <= target).sum(dim=-1).tolist()
+    return indices

@@ -5,10 +5,11 @@ from pathlib import Path
 import psutil
 import torch
 
+from quantgate_serve.admission import AdmissionLimits
 from quantgate_serve.attention.interface import ATTENTION_NAME, register
 from quantgate_serve.attention.torch_paged import paged_attention
 from quantgate_serve.config import ServerSettings
-from quantgate_serve.engine import Engine, EngineLimits
+from quantgate_serve.engine import Engine
 from quantgate_serve.kv.pool import PAGE_SIZE, PagePool
 from quantgate_serve.kv.prefix import PrefixCache
 from quantgate_serve.kv.storage import KVStorage
@@ -47,7 +48,7 @@ def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:
     metrics.kv_bytes = storage.num_bytes
     if loaded.device.type == "cuda":
         metrics.peak_memory_bytes = lambda: peak_device_bytes(loaded.device)
-    limits = EngineLimits(
+    limits = AdmissionLimits(
         context_length=loaded.context_length,
         max_request_tokens=min(loaded.context_length, pool.num_pages * PAGE_SIZE),
         max_queued_requests=settings.max_queued_requests,

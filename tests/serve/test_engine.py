@@ -9,8 +9,9 @@ import pytest
 import torch
 import transformers
 
+from quantgate_serve.admission import QueueFullError, RequestTooLongError
 from quantgate_serve.detokenize import TextStream
-from quantgate_serve.engine import Engine, EngineStoppedError, QueueFullError, RequestTooLongError
+from quantgate_serve.engine import Engine, EngineStoppedError
 from quantgate_serve.request import Delta, FinishReason, Request
 from quantgate_serve.runner import ChunkResult
 from quantgate_serve.scheduler import Chunk
@@ -352,7 +353,7 @@ def test_an_exhausted_engine_holds_no_queue_and_no_page(
     engine = make_engine(prefix_cache=False)
     run_all(engine, [make_request(prompt) for prompt in prompts(20)])
     assert engine._scheduler.pool.num_used == 0
-    assert (engine._num_queued, engine._queued_tokens) == (0, 0)
+    assert (engine._admission.num_requests, engine._admission.num_tokens) == (0, 0)
     assert engine.metrics.finished == {"length": 20}
 
 

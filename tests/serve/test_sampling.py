@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
+from quantgate_serve import sampling
 from quantgate_serve.request import SamplingParams
 from quantgate_serve.sampling import choose_tokens, token_logprobs, uniform
 
@@ -25,6 +26,13 @@ def test_samples_follow_the_softmax() -> None:
     for token, probability in enumerate(probabilities[0].tolist()):
         # Four standard errors of a binomial share at n = 20,000.
         assert found[token] / 20_000 == pytest.approx(probability, abs=0.015)
+
+
+def test_the_largest_draw_still_gives_a_possible_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "uniform", lambda seed, position: 1.0 - 2.0**-53)
+    logits = torch.tensor([[0.5, 0.5, 0.0, 0.0]]).log()
+    for params in (SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_k=3)):
+        assert sampling.choose_tokens(logits, [params], [0]) == [1]
 
 
 def test_temperature_sharpens() -> None:
@@ -52,7 +60,11 @@ def test_top_k_and_top_p_cut_the_tail(params: dict[str, float], allowed: set[int
 def test_a_request_draws_the_same_whoever_shares_its_batch() -> None:
     torch.manual_seed(0)
     logits = torch.randn(6, 50)
-    params = [SamplingParams(temperature=0.9, top_p=0.9, seed=seed) for seed in range(6)]
+    # Half of them cut the tail, half draw from all tokens.
+    params = [
+        SamplingParams(temperature=0.9, top_p=0.9 if seed % 2 else 1.0, seed=seed)
+        for seed in range(6)
+    ]
     together = choose_tokens(logits, params, [3] * 6)
     alone = [choose_tokens(logits[i : i + 1], params[i : i + 1], [3])[0] for i in range(6)]
     assert together == alone

@@ -21,6 +21,7 @@ from quantgate_serve.http.protocol import (
     check_token_ids,
     choose_seed,
     parse_body,
+    parse_messages,
     parse_prompts,
     sampling_params,
 )
@@ -191,7 +192,7 @@ async def _completions(service: Service, http: HttpRequest) -> Response:
     requests = service.requests(body, ids, max_tokens=max_tokens, arrived_ns=arrived_ns)
     if body.stream:
         form = sse.CompletionForm(service.vocabulary, body, service.model_name)
-        return sse.EventStream(service.engine, requests, form, includes_usage=body.includes_usage)
+        return sse.EventStream(service.engine, requests, form, usage_choices=body.usage_choices)
     await exchange.complete(service.engine, requests, http)
     choices = [
         responses.completion_choice(
@@ -210,8 +211,9 @@ async def _chat_completions(service: Service, http: HttpRequest) -> Response:
     arrived_ns = perf_counter_ns()
     body = parse_body(ChatBody, await service.read(http))
     service.check_model(body.model)
+    messages = parse_messages(body.messages)
     try:
-        text = service.vocabulary.render_chat(body.messages)
+        text = service.vocabulary.render_chat(messages)
     except ChatTemplateError as error:
         raise ApiError(400, str(error), param="messages", code="invalid_value") from error
     # The template writes the special tokens itself.
@@ -222,7 +224,7 @@ async def _chat_completions(service: Service, http: HttpRequest) -> Response:
     requests = service.requests(body, [ids], max_tokens=max_tokens, arrived_ns=arrived_ns)
     if body.stream:
         form = sse.ChatForm(service.vocabulary, body, service.model_name)
-        return sse.EventStream(service.engine, requests, form, includes_usage=body.includes_usage)
+        return sse.EventStream(service.engine, requests, form, usage_choices=body.usage_choices)
     await exchange.complete(service.engine, requests, http)
     choices = [
         responses.chat_choice(

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from starlette.requests import Request as HttpRequest
 
+from quantgate_serve.admission import QueueFullError, RequestTooLongError
 from quantgate_serve.engine import (
     Engine,
     EngineStoppedError,
-    QueueFullError,
-    RequestTooLongError,
     call_listeners,
 )
 from quantgate_serve.http.errors import ApiError

@@ -5,7 +5,7 @@ are refused.
 """
 
 import json
-import secrets
+import random
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -53,8 +53,10 @@ class _CommonBody(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
-    def includes_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def usage_choices(self) -> int | None:
+        """Choices of each prompt when a stream is to end with its usage, else None."""
+        wants_usage = self.stream_options is not None and self.stream_options.include_usage
+        return self.n if wants_usage else None
 
 
 class CompletionBody(_CommonBody):
@@ -141,6 +143,31 @@ def parse_prompts(prompt: Any, *, vocab_size: int) -> Prompts:
     return Prompts(None, lists)
 
 
+def parse_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose content is a plain text.
+
+    Raises:
+        ApiError: 400, a message without role or text, or with a part that is no text.
+    """
+    result = []
+    for index, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+            content = "".join(part for part in parts if isinstance(part, str))
+            if not all(isinstance(part, str) for part in parts):
+                content = None
+        if not isinstance(message.get("role"), str) or not isinstance(content, str):
+            raise ApiError(
+                400,
+                f"messages.{index}: expected a role and a content of text.",
+                param="messages",
+                code="invalid_value",
+            )
+        result.append(message | {"content": content})
+    return result
+
+
 def check_token_ids(ids: list[int], *, param: str, vocab_size: int) -> None:
     """Refuse ids outside the vocabulary with a 400."""
     if not ids:
@@ -179,8 +206,8 @@ def sampling_params(
 
 
 def choose_seed(seed: int | None) -> int:
-    """The client's seed, or an unpredictable one."""
-    return secrets.randbits(63) if seed is None else seed
+    """The client's seed, or one of our own."""
+    return random.getrandbits(63) if seed is None else seed
 
 
 def _refuse_unsupported(body: _CommonBody) -> None:

@@ -113,10 +113,16 @@ class EventStream(StreamingResponse):
     """A stream whose requests are aborted when it ends early, however it ends."""
 
     def __init__(
-        self, engine: Engine, requests: Sequence[Request], form: Form, *, includes_usage: bool
+        self,
+        engine: Engine,
+        requests: Sequence[Request],
+        form: Form,
+        *,
+        usage_choices: int | None,
     ) -> None:
+        """`usage_choices` is the number of choices of each prompt, None for no usage."""
         deltas = exchange.open_stream(engine, requests)
-        events = _events(deltas, requests, form, includes_usage=includes_usage)
+        events = _events(deltas, requests, form, usage_choices=usage_choices)
         super().__init__(events, media_type="text/event-stream")
         self._engine = engine
         self._requests = requests
@@ -133,7 +139,7 @@ async def _events(
     requests: Sequence[Request],
     form: Form,
     *,
-    includes_usage: bool,
+    usage_choices: int | None,
 ) -> AsyncIterator[bytes]:
     index_of = {request.id: index for index, request in enumerate(requests)}
     sent = [0] * len(requests)
@@ -156,16 +162,11 @@ async def _events(
             event["timings"] = responses.timings([delta.request])
         yield _event(event)
     else:
-        if includes_usage:
-            num_choices = max(1, len(requests) // _num_prompts(requests))
+        if usage_choices is not None:
             event = form.envelope([])
-            event["usage"] = responses.usage(requests, num_choices=num_choices)
+            event["usage"] = responses.usage(requests, num_choices=usage_choices)
             yield _event(event)
     yield b"data: [DONE]\n\n"
-
-
-def _num_prompts(requests: Sequence[Request]) -> int:
-    return len({id(request.prompt_ids) for request in requests})
 
 
 def _event(value: responses.Json | dict[str, dict[str, str | None]]) -> bytes:

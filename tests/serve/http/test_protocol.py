@@ -10,6 +10,7 @@ from quantgate_serve.http.protocol import (
     ChatBody,
     CompletionBody,
     parse_body,
+    parse_messages,
     parse_prompts,
     sampling_params,
 )
@@ -100,3 +101,26 @@ def test_chat_top_logprobs_need_logprobs() -> None:
     raw = json.dumps({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}).encode()
     with pytest.raises(ApiError, match="needs logprobs"):
         parse_body(ChatBody, raw)
+
+
+def test_content_parts_of_text_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert parse_messages([{"role": "user", "content": parts}]) == [
+        {"role": "user", "content": "ab"}
+    ]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {},
+        {"role": "user"},
+        {"content": "a"},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+        {"role": "user", "content": ["a"]},
+        {"role": 1, "content": "a"},
+    ],
+)
+def test_a_message_without_role_and_text_is_a_400(message: dict[str, Any]) -> None:
+    with pytest.raises(ApiError, match=r"messages\.0: expected a role"):
+        parse_messages([message])

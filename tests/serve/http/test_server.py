@@ -19,6 +19,7 @@ import openai
 import pytest
 import yaml
 
+from quantgate_serve.__main__ import main
 from quantgate_serve.config import sha256_of
 
 Generate = Callable[..., list[int]]
@@ -26,17 +27,15 @@ PROMPT = "the order desk takes 3 nuts"
 
 
 @contextmanager
-def server(
-    folder: Path, work: Path, *options: str
-) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A child process serving `folder`, from listening until it is stopped."""
+def server(work: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A child process, from listening until it is stopped."""
     ready_file = work / "ready.json"
     with (work / "log").open("wb") as log:
         child = subprocess.Popen(
             [
-                *(sys.executable, "-m", "quantgate_serve", "--model", str(folder)),
+                *(sys.executable, "-m", "quantgate_serve", *options),
                 *("--port", "0", "--ready-file", str(ready_file), "--device", "cpu"),
-                *("--threads", "1", "--served-model-name", "tiny", *options),
+                *("--threads", "1", "--served-model-name", "tiny"),
             ],
             stdout=log,
             stderr=log,
@@ -65,7 +64,8 @@ def wait_until_ready(url: str) -> None:
 @pytest.fixture(scope="module")
 def url(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     options = ("--kv-tokens", "512", "--max-queued-requests", "40", "--max-body-bytes", "20000")
-    with server(llama_folder, tmp_path_factory.mktemp("server"), *options) as (_, found):
+    model = ("--model", str(llama_folder))
+    with server(tmp_path_factory.mktemp("server"), *model, *options) as (_, found):
         wait_until_ready(found)
         yield found
 
@@ -308,8 +308,31 @@ def test_metrics_have_the_names_that_dashboards_read(url: str) -> None:
     assert metric(url, "peak_memory_bytes") > 1e7
 
 
-def test_ready_follows_warm_up_and_a_termination_drains(llama_folder: Path, tmp_path: Path) -> None:
-    with server(llama_folder, tmp_path) as (child, url):
+@pytest.fixture
+def serving_config(llama_folder: Path, tmp_path: Path) -> Path:
+    """A serving.yaml whose champion is a copy of the tiny model."""
+    folder = tmp_path / "variant"
+    shutil.copytree(llama_folder, folder)
+    champion = {
+        "name": "bf16",
+        "path": "variant",
+        "scheme": "bf16",
+        "artifact_sha256": "0" * 64,
+        "files": {path.name: sha256_of(path) for path in folder.iterdir()},
+        "release": "r1",
+        "verdicts_sha256": "0" * 64,
+        "promoted_at": "2026-11-24T00:00:00Z",
+    }
+    config = tmp_path / "serve" / "serving.yaml"
+    config.parent.mkdir()
+    config.write_text(yaml.safe_dump({"model_name": "demo", "champion": champion}))
+    return config
+
+
+def test_the_champion_is_served_and_a_termination_drains(
+    serving_config: Path, tmp_path: Path
+) -> None:
+    with server(tmp_path, "--config", str(serving_config)) as (child, url):
         wait_until_ready(url)
         answers: list[httpx.Response] = []
         body = {"prompt": [3] * 20, "max_tokens": 230, "ignore_eos": True}
@@ -324,7 +347,8 @@ def test_ready_follows_warm_up_and_a_termination_drains(llama_folder: Path, tmp_
 
 
 def test_a_drain_has_a_bound(llama_folder: Path, tmp_path: Path) -> None:
-    with server(llama_folder, tmp_path, "--drain-timeout-s", "0") as (child, url):
+    options = ("--model", str(llama_folder), "--drain-timeout-s", "0")
+    with server(tmp_path, *options) as (child, url):
         wait_until_ready(url)
         body = {"prompt": [3] * 20, "max_tokens": 230, "ignore_eos": True, "n": 64}
         asking = threading.Thread(target=lambda: _ignore_loss(url, body))
@@ -343,40 +367,32 @@ def _ignore_loss(url: str, body: dict[str, Any]) -> None:
         return
 
 
-def test_the_champion_is_served_and_other_bytes_are_refused(
-    llama_folder: Path, tmp_path: Path
+def test_a_champion_with_other_bytes_is_refused(
+    serving_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "variant"
-    shutil.copytree(llama_folder, folder)
-    files = {path.name: sha256_of(path) for path in folder.iterdir()}
-    config = tmp_path / "serve" / "serving.yaml"
-    config.parent.mkdir()
-    champion = {
-        "name": "bf16",
-        "path": "variant",
-        "scheme": "bf16",
-        "artifact_sha256": "0" * 64,
-        "files": files,
-        "release": "r1",
-        "verdicts_sha256": "0" * 64,
-        "promoted_at": "2026-11-24T00:00:00Z",
-    }
-    config.write_text(yaml.safe_dump({"model_name": "demo", "champion": champion}))
-    with (folder / "model.safetensors").open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        last = file.read(1)
-        file.seek(-1, os.SEEK_END)
-        file.write(bytes([last[0] ^ 1]))
-    command = [sys.executable, "-m", "quantgate_serve", "--config", str(config), "--port", "0"]
-    refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert refused.returncode == 2
-    assert "model.safetensors has sha256" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    weights = tmp_path / "variant" / "model.safetensors"
+    flipped = bytearray(weights.read_bytes())
+    flipped[-1] ^= 1
+    weights.write_bytes(flipped)
+    assert main(["--config", str(serving_config)]) == 2
+    assert "model.safetensors has sha256" in capsys.readouterr().err
 
 
-def test_a_refused_model_ends_with_code_2_and_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "quantgate_serve", "--model", str(tmp_path), "--port", "0"]
-    refused = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert refused.returncode == 2
-    assert "has no config.json" in refused.stderr
-    assert "Traceback" not in refused.stderr
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "/nonexistent"], "has no config.json"),
+        (["--model", ".", "--port", "70000"], "port"),
+        (["--model", ".", "--max-batch-size", "0"], "max_batch_size"),
+        (["--config", "/nonexistent/serving.yaml"], "cannot be read"),
+    ],
+)
+def test_a_refused_start_is_code_2_and_a_reason(
+    options: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    assert main(options) == 2
+    assert message in capsys.readouterr().err
