@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantgate import __version__
+from quantgate.cli_golden import golden_app
 from quantgate.errors import QuantgateError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from quantgate.console import ConsoleProgress
-    from quantgate.release import ReleaseRequest, ReleaseResult
+    from quantgate.plan import ReleaseRequest
+    from quantgate.release import ReleaseResult
     from quantgate.release_folder import ReleaseFolder
 
 app = typer.Typer(
@@ -34,7 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-golden_app = typer.Typer(help="Golden sets: lock them, check them.", no_args_is_help=True)
 app.add_typer(golden_app, name="golden")
 
 PolicyArgument = Annotated[Path, typer.Argument(help="Policy file, gates/policies/*.yaml.")]
@@ -314,52 +315,6 @@ def ui(
     os.execv(sys.executable, command)
 
 
-@golden_app.command("lock")
-def golden_lock(
-    folder: Annotated[Path, typer.Argument(help="Golden set, golden_sets/<name>.")],
-    model: Annotated[str, typer.Option("--model", help="Model whose tokenizer renders it.")],
-) -> None:
-    """Lock a golden set as it is now: from here on, any change makes its verdicts INVALID.
-
-    Example: quantgate golden lock golden_sets/order-extract --model demo
-    """
-    from quantgate.quality.golden import load_golden_set
-    from quantgate.quality.lock import write_lock
-    from quantgate.quality.rendering import Renderer
-    from quantgate.variants.source import open_source
-
-    golden = load_golden_set(folder)
-    source = open_source(model)
-    renderer = Renderer(source.folder)
-    rendering = renderer.describe(golden, renderer.render(golden))
-    path = write_lock(golden, rendering, model=source.name)
-    typer.echo(f"locked {len(golden.items)} items: {path}")
-
-
-@golden_app.command("check")
-def golden_check(
-    folder: Annotated[Path, typer.Argument(help="Golden set, golden_sets/<name>.")],
-    model: Annotated[str, typer.Option("--model", help="Model whose tokenizer renders it.")],
-) -> None:
-    """Compare a golden set with its lock; exit code 3 when it changed.
-
-    Example: quantgate golden check golden_sets/order-extract --model demo
-    """
-    from quantgate.quality.golden import load_golden_set
-    from quantgate.quality.lock import changes_since_lock, read_lock
-    from quantgate.quality.rendering import Renderer
-    from quantgate.variants.source import open_source
-
-    golden = load_golden_set(folder)
-    renderer = Renderer(open_source(model).folder)
-    rendering = renderer.describe(golden, renderer.render(golden))
-    changes = changes_since_lock(golden, rendering, read_lock(folder))
-    if changes:
-        typer.echo(f"{folder}: differs from its lock in {', '.join(changes)}", err=True)
-        raise typer.Exit(3)
-    typer.echo(f"{folder}: {len(golden.items)} items, unchanged")
-
-
 @app.callback(invoke_without_command=True)
 def _main_options(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -412,8 +367,8 @@ def _request(
     runs: Path,
     serving_config: Path,
 ) -> ReleaseRequest:
+    from quantgate.plan import ReleaseRequest
     from quantgate.policy import load_policy
-    from quantgate.release import ReleaseRequest
 
     return ReleaseRequest(
         policy=load_policy(policy),

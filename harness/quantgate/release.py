@@ -16,42 +16,27 @@ from quantgate.errors import MeasurementError, UsageError
 from quantgate.files import sha256_of_json, write_json
 from quantgate.load.stage import Arm, measure_load, workload_digests
 from quantgate.load.workload import BlockWorkload, make_block_workload
-from quantgate.machine import choose_device, describe_machine
+from quantgate.machine import describe_machine
 from quantgate.measurements_file import (
     MeasurementSet,
     VariantMeasurements,
     read_measurements,
     write_measurements,
 )
+from quantgate.plan import Plan, ReleaseRequest, make_plan, project_folders
 from quantgate.policy import SOURCE, Policy, load_policy, required_gates
 from quantgate.progress import Progress
 from quantgate.quality.distribution import compare_with_reference
-from quantgate.quality.golden import GoldenSet, find_golden_set, load_golden_set
 from quantgate.quality.lock import lock_sha256
 from quantgate.quality.overlap import find_overlap
 from quantgate.quality.rendering import RenderedPrompt, Renderer
 from quantgate.quality.stage import QualityResult, ServedModel, engine_sha256, measure_quality
 from quantgate.reduce import VariantEvidence, reduce_variant
 from quantgate.release_folder import JUDGED, MEASURED, ReleaseFolder, open_release, store_of
-from quantgate.server import ServerOptions
 from quantgate.server_pool import ServerPool
 from quantgate.variants.build import Variant, adopt_variant, build_variant
-from quantgate.variants.calibration import CalibrationSet, load_calibration
-from quantgate.variants.source import DEMO_MODEL, SourceModel, open_source
 from quantgate.verdict import Decision, judge_release
 from quantgate.verdicts_file import ReleaseVerdicts, collect_verdicts, write_verdicts
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReleaseRequest:
-    """What the command line may say beside the policy; None leaves it to the policy."""
-
-    policy: Policy
-    runs: Path
-    serving_config: Path
-    model: str | None = None
-    device: str | None = None
-    variants: Sequence[str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,31 +46,6 @@ class ReleaseResult:
     folder: ReleaseFolder
     verdicts: ReleaseVerdicts
     decisions: tuple[Decision, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """Everything checked before the first weight is touched."""
-
-    policy: Policy
-    source: SourceModel
-    device: str
-    names: tuple[str, ...]
-    golden_sets: tuple[GoldenSet, ...]
-    documents: GoldenSet | None
-    calibration: CalibrationSet | None
-    server: ServerOptions
-    runs: Path
-
-    @property
-    def timeout_s(self) -> float:
-        return self.policy.serving.timeout.to("s")
-
-    @property
-    def dtype(self) -> str:
-        # Where the CPU multiplies BF16 by emulation, FP32 arithmetic on the variant's own rounded
-        # weights is both faster and the same everywhere.
-        return "float32" if self.device == "cpu" else "auto"
 
 
 def run_release(request: ReleaseRequest, progress: Progress) -> ReleaseResult:
@@ -101,12 +61,12 @@ def run_release(request: ReleaseRequest, progress: Progress) -> ReleaseResult:
 
 def measure_release(request: ReleaseRequest, progress: Progress) -> ReleaseFolder:
     """Everything up to measurements.json; see `run_release`."""
-    plan = _plan(request)
-    release = open_release(plan.runs, plan.policy, _identity(plan))
+    plan = make_plan(request)
+    release = open_release(plan.runs, plan.policy, plan.identity())
     release.update_state(
         machine=describe_machine(),
         source={"name": plan.source.name, "sha256": plan.source.sha256},
-        golden_sets={g.name: lock_sha256(g.folder) for g in _all_sets(plan)},
+        golden_sets={g.name: lock_sha256(g.folder) for g in plan.all_sets},
     )
     variants, failures = _build(plan, progress)
     release.update_state(
@@ -167,7 +127,7 @@ def build_variants(request: ReleaseRequest, progress: Progress) -> dict[str, Var
     Raises:
         MeasurementError: one could not be built.
     """
-    variants, failures = _build(_plan(request), progress)
+    variants, failures = _build(make_plan(request), progress)
     if failures:
         raise MeasurementError("\n".join(f"{name}: {why}" for name, why in failures.items()))
     return variants
@@ -195,83 +155,7 @@ def judge_stored(
     return ReleaseResult(folder=release, verdicts=verdicts, decisions=decisions)
 
 
-def _plan(request: ReleaseRequest) -> _Plan:
-    policy = request.policy
-    source = open_source(request.model or _model_of(policy))
-    names = tuple(request.variants or policy.variants)
-    unknown = [name for name in names if name not in policy.variants]
-    if unknown:
-        raise UsageError(f"--variants {unknown[0]}: the policy has {', '.join(policy.variants)}.")
-    device = choose_device(request.device or policy.device)
-    golden_folders = [base / "golden_sets" for base in _bases(policy)]
-
-    def golden(name: str) -> GoldenSet:
-        return load_golden_set(find_golden_set(name, folders=golden_folders))
-
-    calibration = None
-    if policy.calibration is not None:
-        calibration = load_calibration(
-            _find_file(policy, policy.calibration.path),
-            source,
-            max_documents=policy.calibration.max_documents,
-            max_tokens=policy.calibration.max_tokens,
-        )
-    serving = policy.serving
-    return _Plan(
-        policy=policy,
-        source=source,
-        device=device,
-        names=names,
-        golden_sets=tuple(golden(name) for name in policy.golden_sets),
-        documents=golden(policy.distribution.golden_set) if policy.distribution else None,
-        calibration=calibration,
-        server=ServerOptions(
-            device=device,
-            threads=serving.threads,
-            max_batch_size=serving.max_batch_size,
-            max_batched_tokens=serving.max_batched_tokens,
-            kv_tokens=serving.kv_tokens,
-        ),
-        runs=request.runs,
-    )
-
-
-def _model_of(policy: Policy) -> str:
-    """A folder named in a policy is looked for like its files; other names are left as they are."""
-    if policy.model == DEMO_MODEL:
-        return DEMO_MODEL
-    folders = [base / policy.model for base in _bases(policy)]
-    return str(next((folder for folder in folders if folder.is_dir()), policy.model))
-
-
-def _find_file(policy: Policy, name: str) -> Path:
-    for base in _bases(policy):
-        if (base / name).is_file():
-            return base / name
-    looked = ", ".join(str(base / name) for base in _bases(policy))
-    raise UsageError(f"{policy.path}: file {name!r} not found; looked for {looked}.")
-
-
-def _bases(policy: Policy) -> list[Path]:
-    """Where a policy's files are looked for: its project (the folder that holds gates/policies/),
-    its own folder, and last the working folder, which may be another project."""
-    folder = policy.path.resolve().parent
-    return [folder.parents[1], folder, Path.cwd()]
-
-
-def _identity(plan: _Plan) -> dict[str, object]:
-    """What must be equal for an interrupted release to go on."""
-    return {
-        "policy_sha256": plan.policy.sha256,
-        "source_sha256": plan.source.sha256,
-        "engine_sha256": engine_sha256(),
-        "device": plan.device,
-        "variants": list(plan.names),
-        "golden_sets": {g.name: g.items_sha256 for g in plan.golden_sets},
-    }
-
-
-def _build(plan: _Plan, progress: Progress) -> tuple[dict[str, Variant], dict[str, str]]:
+def _build(plan: Plan, progress: Progress) -> tuple[dict[str, Variant], dict[str, str]]:
     """Builds or adopts each variant; one that cannot be built is INVALID, not the end."""
     names = list(plan.names)
     for baseline in (plan.policy.champion, plan.policy.reference):
@@ -302,11 +186,11 @@ def _build(plan: _Plan, progress: Progress) -> tuple[dict[str, Variant], dict[st
     return variants, failures
 
 
-def _build_one(plan: _Plan, name: str) -> Variant:
+def _build_one(plan: Plan, name: str) -> Variant:
     spec = plan.policy.variants[name]
     if spec.path is not None:
         folder = next(
-            (b / spec.path for b in _bases(plan.policy) if (b / spec.path).is_dir()), None
+            (b / spec.path for b in project_folders(plan.policy) if (b / spec.path).is_dir()), None
         )
         return adopt_variant(folder or Path(spec.path), name=name, scheme=spec.scheme)
     group = {"group_size": spec.group_size} if spec.group_size else {}
@@ -322,7 +206,7 @@ def _build_one(plan: _Plan, name: str) -> Variant:
 
 
 def _measure_quality(
-    plan: _Plan,
+    plan: Plan,
     release: ReleaseFolder,
     variants: dict[str, Variant],
     servers: ServerPool,
@@ -365,7 +249,7 @@ def _measure_quality(
 
 
 def _measure_distribution(
-    plan: _Plan, release: ReleaseFolder, variants: dict[str, Variant], progress: Progress
+    plan: Plan, release: ReleaseFolder, variants: dict[str, Variant], progress: Progress
 ) -> dict[str, str]:
     """Teacher-forced KL against the reference; returns failures by variant."""
     if plan.policy.distribution is None or plan.documents is None:
@@ -426,7 +310,7 @@ def _with_next_token(rendered: list[RenderedPrompt], max_tokens: int) -> list[Re
 
 
 def _measure_load(
-    plan: _Plan,
+    plan: Plan,
     release: ReleaseFolder,
     variants: dict[str, Variant],
     champion: Champion,
@@ -471,12 +355,12 @@ def _is_compared(policy: Policy, variant: str) -> bool:
     return any(gate.test == "ratio" for gate in required_gates(policy, variant))
 
 
-def _workloads(plan: _Plan) -> list[BlockWorkload]:
+def _workloads(plan: Plan) -> list[BlockWorkload]:
     workload = plan.policy.workload
     if workload is None:
         return []
     renderer = Renderer(plan.source.folder)
-    prompts = [prompt.ids for golden in _all_sets(plan) for prompt in renderer.render(golden)]
+    prompts = [prompt.ids for golden in plan.all_sets for prompt in renderer.render(golden)]
     if not prompts:
         raise UsageError(
             "workload: prompts are cut from the golden sets, and the policy names none; "
@@ -497,15 +381,11 @@ def _workloads(plan: _Plan) -> list[BlockWorkload]:
     ]
 
 
-def _overlap(plan: _Plan, variant: Variant) -> str | None:
+def _overlap(plan: Plan, variant: Variant) -> str | None:
     """Why golden results of this variant prove nothing: it was calibrated on them."""
     if variant.manifest.calibration is None or plan.calibration is None:
         return None
-    return find_overlap(plan.calibration.texts, _all_sets(plan))
-
-
-def _all_sets(plan: _Plan) -> list[GoldenSet]:
-    return [*plan.golden_sets, *([plan.documents] if plan.documents else [])]
+    return find_overlap(plan.calibration.texts, plan.all_sets)
 
 
 def _copy(path: Path, to: Path) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from quantgate.plan import ReleaseRequest
 from quantgate.policy import load_policy
 from quantgate.progress import Silent
 from quantgate.quality.golden import load_golden_set
 from quantgate.quality.lock import write_lock
 from quantgate.quality.rendering import Renderer
 from quantgate.record import record_release
-from quantgate.release import ReleaseRequest, ReleaseResult, judge_stored, measure_release
+from quantgate.release import ReleaseResult, judge_stored, measure_release
 from quantgate.variants.source import demo_folder
 
 ROOT = Path(__file__).resolve().parents[2]
