@@ -105,13 +105,11 @@ class Stream:
         while True:
             task, index = cycle[self._next % len(cycle)], self._next
             self._next += 1
-            row = self._encode(task, index)
-            width = next((w for w in WIDTHS[self._group] if len(row.ids) <= w), None)
+            width = self._place(task, index)
             if width is None:
                 continue
             waiting = self._waiting[width]
-            waiting.append((task, index))
-            if len(waiting) == max(1, self._tokens_per_batch // width):
+            if len(waiting) >= max(1, self._tokens_per_batch // width):
                 rows = [self._encode(*key) for key in waiting]
                 for key in waiting:
                     self._encoded.pop(key, None)
@@ -124,7 +122,17 @@ class Stream:
 
     def restore(self, state: dict[str, Any]) -> None:
         self._next = state["next"]
-        self._waiting = {w: [tuple(row) for row in rows] for w, rows in state["waiting"].items()}
+        for rows in state["waiting"].values():
+            for task, index in rows:
+                self._place(task, index)
+
+    def _place(self, task: Task, index: int) -> int | None:
+        """Put a sample in line for the narrowest width it fits; None if it fits none."""
+        needed = len(self._encode(task, index).ids)
+        width = next((w for w in WIDTHS[self._group] if needed <= w), None)
+        if width is not None:
+            self._waiting[width].append((task, index))
+        return width
 
     def _encode(self, task: Task, index: int) -> Encoded:
         key = (task, index)

@@ -42,8 +42,10 @@ HELDOUT_SHARE: dict[Split, float] = {
     "golden": 0.5,
 }
 # The training stream shows short lookup records first: copying emerges sooner on them.
-SHORT_RECORDS_UNTIL = 12_000
+SHORT_RECORDS_UNTIL = 26_000
 LOOKUP_LINES = (8, 175)
+# Records up to this size are also recited as a whole, in training only.
+RECITED_LINES = 32
 
 
 @dataclass(frozen=True)
@@ -270,21 +272,38 @@ def _lookup(draw: Draw) -> Sample:
     questions = []
     for key in asked:
         template, question_id = draw.phrase(lx.LOOKUP_QUESTIONS)
-        # The answer repeats the key: copying a line takes one step of induction, not two.
-        questions.append((template.format(k=key), f"{key}={record[key]}"))
-    body = "\n".join(f"{key}={value}" for key, value in record.items())
+        # The answer repeats the key: what follows it is then one step of copying away.
+        questions.append((template.format(k=key), f"{key} {record[key]}"))
+    body = "\n".join(f"{key} {value}" for key, value in record.items())
+    early = draw.split == "train" and draw.index < SHORT_RECORDS_UNTIL
+    if early and draw.index % 4 == 0:
+        return _repeat(draw)
+    if early and draw.index % 4 == 1 and count <= RECITED_LINES:
+        questions = [("Read out everything.", body)]
     prompt = f"{head}\n{body}\n{questions[0][0]}"
     cluster = f"{size}-{question_id}"
     return _finish(draw, "lookup", prompt, questions[0][1], cluster, turns=tuple(questions[1:]))
 
 
+def _repeat(draw: Draw) -> Sample:
+    """A lesson, not a task: every word of the answer is copied, which one lookup teaches once."""
+    pool = (*lx.ADJECTIVES, *lx.NOUNS, *lx.FIRST_NAMES, *lx.LAST_NAMES, *lx.WEEKDAYS, *lx.MONTHS)
+    words = " ".join(draw.rng.choices(pool, k=draw.rng.randint(12, 60)))
+    return _finish(draw, "lookup", f"Repeat: {words}", words, "repeat")
+
+
 def _value(draw: Draw) -> str:
+    """Mostly one or two common words; numbers and rare words are the harder part."""
     kind = draw.rng.random()
-    if kind < 0.6:
-        return draw.one(lx.LOOKUP_VALUES)
+    if kind < 0.45:
+        return draw.one((*lx.NOUNS, *lx.ADJECTIVES, *lx.WEEKDAYS, *lx.MONTHS))
+    if kind < 0.65:
+        return draw.item()
     if kind < 0.8:
+        return draw.customer()
+    if kind < 0.9:
         return str(draw.rng.randint(10, 99))
-    return draw.one(("k", "m", "x", "t")) + str(draw.rng.randint(10, 99))
+    return draw.one(lx.LOOKUP_VALUES)
 
 
 def _prose(draw: Draw) -> Sample:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 GROUPS: tuple[Group, ...] = ("desk", "lookup", "prose")
 # One group per step: many small steps learn to copy sooner than fewer large ones. Prose is easy.
 SCHEDULE: tuple[Group, ...] = ("desk", "lookup") * 4 + ("prose",)
-DECAY_SHARE = 0.2
+DECAY_SHARE = 0.15
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Settings:
     stop_at: int = 1_000_000
     layers: int = 4
     intermediate: int = 1024
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 2e-3
     warmup_steps: int = 200
     tokens_per_batch: int = 3072
     seed: int = 17
@@ -86,6 +86,29 @@ def model_config(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> Llam
     )
 
 
+@torch.no_grad()
+def share_word_forms(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> int:
+    """Let `lamps` start as ` lamps` plus one offset common to all words.
+
+    The message has a word after a space, the JSON answer has it after a quote, and these are two
+    tokens. With unrelated embeddings, copying one as the other has to be learned word by word.
+
+    Returns:
+        How many words have both forms in the vocabulary.
+    """
+    vocabulary = tokenizer.get_vocab()
+    pairs = [
+        (token, vocabulary["Ġ" + text])
+        for text, token in vocabulary.items()
+        if len(text) > 2 and text.isalpha() and "Ġ" + text in vocabulary
+    ]
+    embedding = model.get_input_embeddings().weight
+    bare, spaced = (torch.tensor(ids, device=embedding.device) for ids in zip(*pairs, strict=True))
+    offset = (embedding[bare] - embedding[spaced]).mean(dim=0)
+    embedding[bare] = embedding[spaced] + offset
+    return len(pairs)
+
+
 def learning_rate_factor(progress: Progress, settings: Settings) -> float:
     """Warm-up, stable, then linear decay to 2 % over the last `DECAY_SHARE` of the budget."""
     warm = min(1.0, (progress.step + 1) / settings.warmup_steps)
@@ -99,6 +122,7 @@ def train(settings: Settings, *, resume: bool) -> Progress:
     tokenizer = _tokenizer(settings)
     torch.manual_seed(settings.seed)
     model = LlamaForCausalLM(model_config(settings, tokenizer)).to(settings.device)
+    share_word_forms(model, tokenizer)
     optimizer = _optimizer(model, settings)
     streams = {
         group: Stream(tokenizer, group, tokens_per_batch=settings.tokens_per_batch)
