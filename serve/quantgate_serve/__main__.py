@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, ValidationError) as error:
         return _refuse(error)
     # A thread that waits for its sibling gives up its core after some 0.1 ms. libgomp's default
-    # spins on: beside one busy process on two cores decoding was 18 times slower (120 tok/s
-    # instead of 2,225 on a 5 M Llama).
+    # spins on: beside one busy process on two cores a 5 M Llama then made 120 tok/s with two
+    # threads, instead of 470 to 2,200 (and about 2,000 with one).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # transformers logs progress bars and hub lookups; a server does neither.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
