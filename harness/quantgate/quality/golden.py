@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import jsonschema
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -61,6 +63,13 @@ class ValidityCheck(_Strict):
             raise ValueError("`schema` belongs to type json_schema, which needs it")
         if (self.type == "regex") != (self.pattern is not None):
             raise ValueError("`pattern` belongs to type regex, which needs it")
+        try:
+            re.compile(self.pattern or "")
+            jsonschema.Draft202012Validator.check_schema(self.schema_ or {})
+        except re.error as error:
+            raise ValueError(f"`pattern` is not a regular expression: {error}") from error
+        except jsonschema.SchemaError as error:
+            raise ValueError(f"`schema` is not a JSON schema: {error.message}") from error
         return self
 
 
@@ -194,7 +203,7 @@ def _read_task(path: Path) -> Task:
             f"{path}: missing; expected the task in lm-evaluation-harness names "
             "(task, output_type, metric_list, generation_kwargs)."
         ) from error
-    except (yaml.YAMLError, ValidationError) as error:
+    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
         raise GoldenSetError(f"{path}: {error}") from error
 
 
@@ -238,17 +247,18 @@ def _parse_item(value: dict[str, Any], task: Task, *, where: str, line: int) -> 
     target = value.get("target", "")
     if isinstance(target, list) and len(target) == 1:
         target = target[0]
-    choices = tuple(value.get("choices") or ())
+    choices = _parse_texts(value, "choices", where)
     _check_target(target, choices, task, where)
+    cluster = value.get("cluster")
     return GoldenItem(
         id=item_id,
         text=text,
         messages=messages,
         target=target,
         choices=choices,
-        tags=tuple(value.get("tags") or ()),
+        tags=_parse_texts(value, "tags", where),
         # An item without a cluster is a document of its own.
-        cluster=str(value.get("cluster") or item_id),
+        cluster=item_id if cluster is None else str(cluster),
         line=line,
     )
 
@@ -273,14 +283,41 @@ def _parse_input(
     raise GoldenSetError(f"{where}: input is missing or empty; expected text or chat messages.")
 
 
+def _parse_texts(value: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
+    texts = value.get(name)
+    if texts is None:
+        return ()
+    # A bare string would silently become a list of its letters.
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise GoldenSetError(f"{where}: {name} is {texts!r:.60}; expected a list of strings.")
+    return tuple(texts)
+
+
 def _check_target(target: object, choices: tuple[str, ...], task: Task, where: str) -> None:
-    if task.output_type == "loglikelihood_rolling":
+    if task.output_type == "loglikelihood_rolling" and target == "":
         return
+    if isinstance(target, list):
+        raise GoldenSetError(f"{where}: target has {len(target)} answers; expected one.")
     if not isinstance(target, str) or not target.strip():
         raise GoldenSetError(f"{where}: target is missing or empty; expected the known answer.")
+    if any(spec.metric == "json_fields" for spec in task.metric_list):
+        _check_json_target(target, where)
     if task.output_type != "multiple_choice":
         return
     if len(choices) < 2 or len(set(choices)) != len(choices):
         raise GoldenSetError(f"{where}: choices must be at least two different strings.")
     if target not in choices:
         raise GoldenSetError(f"{where}: target {target!r} is none of the choices {choices!r}.")
+
+
+def _check_json_target(target: str, where: str) -> None:
+    try:
+        value = json.loads(target)
+    except ValueError as error:
+        raise GoldenSetError(
+            f"{where}: target is not JSON ({error}), and json_fields compares it field by field."
+        ) from error
+    if not isinstance(value, dict) or not value:
+        raise GoldenSetError(
+            f"{where}: target {target!r:.40} has no fields; json_fields needs a JSON object."
+        )

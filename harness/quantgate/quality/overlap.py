@@ -27,7 +27,9 @@ def find_overlap(calibration: Sequence[str], sets: Sequence[GoldenSet]) -> str |
 
 
 def _occurs(item: GoldenItem, calibration: Sequence[str]) -> bool:
-    texts = [item.text] if item.text else [m["content"] for m in item.messages or ()]
+    # A system prompt is shared by design: in calibration text it shows no copied item.
+    messages = [m["content"] for m in item.messages or () if m["role"] != "system"]
+    texts = [item.text] if item.text else messages
     return any(
         len(text) >= _MIN_CHARACTERS and any(text in document for document in calibration)
         for text in texts

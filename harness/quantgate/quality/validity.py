@@ -21,7 +21,8 @@ def is_valid(check: ValidityCheck, output: str, *, finish_reason: str) -> bool:
         return re.fullmatch(check.pattern or "", output.strip()) is not None
     try:
         value = json.loads(output)
-    except ValueError:
+    except (ValueError, RecursionError):
+        # A broken model may repeat an opening bracket until its token limit.
         return False
     validator = jsonschema.Draft202012Validator(check.schema_ or {})
     return bool(validator.is_valid(value))

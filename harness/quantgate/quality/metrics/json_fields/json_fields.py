@@ -35,11 +35,16 @@ def _share_of_fields(prediction: str, reference: str) -> float:
     expected = json.loads(reference)
     try:
         found = json.loads(prediction)
-    except ValueError:
+    except (ValueError, RecursionError):
         return 0.0
     if not isinstance(found, dict):
         return 0.0
     keys = expected.keys() | found.keys()
     missing = object()
-    right = sum(found.get(key, missing) == expected.get(key, missing) for key in keys)
+    right = sum(_is_same(found.get(key, missing), expected.get(key, missing)) for key in keys)
     return right / len(keys) if keys else 1.0
+
+
+def _is_same(found: object, expected: object) -> bool:
+    # To Python True equals 1; in JSON they are different values.
+    return found == expected and isinstance(found, bool) == isinstance(expected, bool)
