@@ -7,7 +7,9 @@ compared by the log-probability of their tokens after the prompt.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +19,15 @@ from quantgate.errors import MeasurementError
 from quantgate.quality.golden import GoldenSet, Task
 from quantgate.quality.rendering import RenderedPrompt
 
+
+class _Refused(MeasurementError):
+    """The server answered, and refused."""
+
+
 # Prompts per HTTP request, and requests in flight: enough to keep a batch full, with few messages.
 _PROMPTS_PER_REQUEST = 16
 _REQUESTS_IN_FLIGHT = 4
+_UNEXPECTED = "the server's answer is not of the expected form"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,18 +52,27 @@ class _Client:
         """One completion request.
 
         Raises:
-            MeasurementError: the server refused it or did not answer.
+            _Refused: the server answered with an error.
+            MeasurementError: it did not answer, or not in JSON.
         """
         async with self.slots:
             try:
                 async with self.session.post(f"{self.url}/v1/completions", json=body) as response:
-                    payload: dict[str, Any] = await response.json(content_type=None)
+                    text = await response.text()
+                if response.status != 200:
+                    raise _Refused(f"HTTP {response.status}: {_error_message(text)}")
+                payload: dict[str, Any] = json.loads(text)
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
                 raise MeasurementError(f"{type(error).__name__}: {error}") from error
-        if response.status != 200:
-            message = payload.get("error", {}).get("message", payload)
-            raise MeasurementError(f"HTTP {response.status}: {message}")
         return payload
+
+
+def _error_message(text: str) -> str:
+    """What an error answer says, in OpenAI's form or any other."""
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return text[:200]
 
 
 def ask_golden_set(
@@ -110,17 +127,7 @@ async def _ask_texts(
         "return_token_ids": True,
     }
     choices = await _complete_each(client, body, [list(p.ids) for p in prompts])
-    return [
-        _failed(prompt, choice)
-        if isinstance(choice, str)
-        else Answer(
-            item_id=prompt.item.id,
-            output=choice["text"],
-            finish_reason=choice["finish_reason"],
-            token_ids=tuple(choice["token_ids"]),
-        )
-        for prompt, choice in zip(prompts, choices, strict=True)
-    ]
+    return [_read(p, [choice], _read_text) for p, choice in zip(prompts, choices, strict=True)]
 
 
 async def _ask_choices(
@@ -128,15 +135,11 @@ async def _ask_choices(
 ) -> list[Answer]:
     answers: dict[str, Answer] = {}
     short = [p for p in prompts if all(len(ids) == 1 for ids in p.choice_ids)]
-    for ids, group in _by_choices(short):
+    for ids, group in _by_choices(short).items():
         body = {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": list(ids)}
         choices = await _complete_each(client, body, [list(p.ids) for p in group])
         for prompt, choice in zip(group, choices, strict=True):
-            answers[prompt.item.id] = (
-                _failed(prompt, choice)
-                if isinstance(choice, str)
-                else _chosen(prompt, _first_token_log_probs(choice, ids))
-            )
+            answers[prompt.item.id] = _read(prompt, [choice], _read_short_choices)
     for prompt in prompts:
         if prompt.item.id not in answers:
             answers[prompt.item.id] = await _ask_long_choices(client, prompt)
@@ -145,33 +148,19 @@ async def _ask_choices(
 
 def _by_choices(
     prompts: Iterable[RenderedPrompt],
-) -> Iterable[tuple[tuple[int, ...], list[RenderedPrompt]]]:
+) -> Mapping[tuple[int, ...], list[RenderedPrompt]]:
     """Groups prompts whose single-token choices are the same tokens."""
     groups: dict[tuple[int, ...], list[RenderedPrompt]] = {}
     for prompt in prompts:
         groups.setdefault(tuple(ids[0] for ids in prompt.choice_ids), []).append(prompt)
-    return groups.items()
-
-
-def _first_token_log_probs(choice: dict[str, Any], ids: Sequence[int]) -> tuple[float, ...]:
-    found = choice["logprobs"]["token_id_logprobs"][0]
-    return tuple(float(found[str(i)]) for i in ids)
+    return groups
 
 
 async def _ask_long_choices(client: _Client, prompt: RenderedPrompt) -> Answer:
     """Scores each choice by the summed log-probability of its tokens, echoed after the prompt."""
     body = {"max_tokens": 0, "temperature": 0.0, "echo": True, "logprobs": 1}
     whole = [[*prompt.ids, *ids] for ids in prompt.choice_ids]
-    choices = await _complete_each(client, body, whole)
-    failed = next((choice for choice in choices if isinstance(choice, str)), None)
-    if failed is not None:
-        return _failed(prompt, failed)
-    sums = tuple(
-        sum(choice["logprobs"]["token_logprobs"][len(prompt.ids) :])
-        for choice in choices
-        if not isinstance(choice, str)
-    )
-    return _chosen(prompt, sums)
+    return _read(prompt, await _complete_each(client, body, whole), _read_long_choices)
 
 
 async def _complete_each(
@@ -180,20 +169,67 @@ async def _complete_each(
     """One choice per prompt, or the reason there is none.
 
     Prompts travel together; when the server refuses the group each is asked alone, so that one bad
-    item does not cost its neighbours their answers.
+    item does not cost its neighbours their answers. A server that does not answer is not asked
+    again: it would cost one timeout per item.
     """
     try:
         payload = await client.complete(body | {"prompt": prompts})
         by_index = {choice["index"]: choice for choice in payload["choices"]}
         return [by_index[i] for i in range(len(prompts))]
-    except MeasurementError as error:
+    except _Refused as error:
         if len(prompts) == 1:
             return [str(error)]
+    except MeasurementError as error:
+        return [str(error)] * len(prompts)
+    except (KeyError, TypeError) as error:
+        return [f"{_UNEXPECTED}: {error!r}"] * len(prompts)
     alone = [_complete_each(client, body, [prompt]) for prompt in prompts]
     return [choice for part in await asyncio.gather(*alone) for choice in part]
 
 
+def _read(
+    prompt: RenderedPrompt,
+    choices: Sequence[dict[str, Any] | str],
+    read: Callable[[RenderedPrompt, list[dict[str, Any]]], Answer],
+) -> Answer:
+    """The answer to one item, or why the choices the server sent hold none."""
+    usable = [choice for choice in choices if not isinstance(choice, str)]
+    reasons = [choice for choice in choices if isinstance(choice, str)]
+    if reasons:
+        return _failed(prompt, reasons[0])
+    try:
+        return read(prompt, usable)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        return _failed(prompt, f"{_UNEXPECTED}: {error!r}")
+
+
+def _read_text(prompt: RenderedPrompt, choices: list[dict[str, Any]]) -> Answer:
+    (choice,) = choices
+    return Answer(
+        item_id=prompt.item.id,
+        output=choice["text"],
+        finish_reason=choice["finish_reason"],
+        token_ids=tuple(choice["token_ids"]),
+    )
+
+
+def _read_short_choices(prompt: RenderedPrompt, choices: list[dict[str, Any]]) -> Answer:
+    found = choices[0]["logprobs"]["token_id_logprobs"][0]
+    return _chosen(prompt, tuple(float(found[str(ids[0])]) for ids in prompt.choice_ids))
+
+
+def _read_long_choices(prompt: RenderedPrompt, choices: list[dict[str, Any]]) -> Answer:
+    tails = [choice["logprobs"]["token_logprobs"][len(prompt.ids) :] for choice in choices]
+    expected = [len(ids) for ids in prompt.choice_ids]
+    if [len(tail) for tail in tails] != expected:
+        raise ValueError("not one log-probability per token of each choice")
+    return _chosen(prompt, tuple(float(sum(tail)) for tail in tails))
+
+
 def _chosen(prompt: RenderedPrompt, log_probs: tuple[float, ...]) -> Answer:
+    # NaN compares as neither more nor less, so the first choice would win, sometimes rightly.
+    if any(math.isnan(value) for value in log_probs) or max(log_probs) == -math.inf:
+        return _failed(prompt, f"log-probabilities of the choices are not numbers: {log_probs}")
     best = max(range(len(log_probs)), key=log_probs.__getitem__)
     return Answer(
         item_id=prompt.item.id,
