@@ -52,7 +52,9 @@ class ServerOptions:
             "--max-queued-requests": self.max_queued_requests,
             "--max-queued-tokens": self.max_queued_tokens,
         }
-        return [text for k, v in options.items() if v is not None for text in (k, str(v))]
+        given = [text for k, v in options.items() if v is not None for text in (k, str(v))]
+        # Every prompt is computed: an arm that finds its warm-up in the cache is not comparable.
+        return [*given, "--no-prefix-cache"]
 
 
 class Server:

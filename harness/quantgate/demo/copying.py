@@ -1,9 +1,9 @@
 """A copying circuit to begin training with: a previous-token head and an induction head, by hand.
 
-A model this small needs far more tokens than a CPU trains on to *discover* copying ("the token after
-the earlier occurrence of the current one"), and extract and lookup are made of it. Layer 0 writes
-into each position which token came before; layer 1 looks for the position whose previous token is
-the current one, and copies what stands there. Training then sharpens, moves and combines it.
+A model this small needs far more tokens than a CPU trains on to *discover* copying ("the token
+after the earlier occurrence of the current one"), and extract and lookup are made of it. Layer 0
+writes into each position which token came before; layer 1 looks for the position whose previous
+token is the current one, and copies what stands there. Training then sharpens and combines it.
 
 Source: Olsson et al., "In-context Learning and Induction Heads" (2022); the rotation trick is
 rotary attention's own: a query turned by one step attends one position back.
@@ -48,7 +48,7 @@ def install_copying_circuit(model: LlamaForCausalLM, *, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     model.get_input_embeddings().weight[:, 0] = _CONSTANT * config.initializer_range
 
-    # Orthonormal directions outside the constant coordinate: [4 * H - 1, D], two to read, two to write.
+    # Orthonormal directions outside the constant coordinate: two sets to read, two to write.
     basis = torch.zeros(width - 1, width)
     basis[:, 1:] = torch.linalg.qr(torch.randn(width - 1, width - 1, generator=generator))[0]
     read = [basis[:head], basis[head : 2 * head]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -172,6 +173,8 @@ def _run_teacher(
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
+                # Threads that spin at a barrier starve each other where cores are shared.
+                env={"GOMP_SPINCOUNT": "10000"} | os.environ,
             )
         try:
             while process.poll() is None:
