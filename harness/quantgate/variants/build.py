@@ -106,7 +106,7 @@ def build_variant(
             notes=notes,
         )
         write_manifest(out, manifest)
-        for path in out.iterdir():
+        for path in (p for p in out.rglob("*") if p.is_file()):
             # safetensors writes files only their owner may read; a server often runs as another.
             path.chmod(0o644)
         # The folder appears whole: a build cut short leaves only a temporary one.

@@ -35,8 +35,13 @@ def load_calibration(
         data = path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: calibration file cannot be read ({error.strerror}).") from error
+    try:
+        decoded = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}).") from error
     texts = []
-    for number, line in enumerate(data.decode("utf-8").splitlines(), start=1):
+    # Not splitlines(): it also splits at separators that JSON strings may contain.
+    for number, line in enumerate(decoded.split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -81,8 +81,13 @@ def build(source: SourceModel, out: Path, request: BuildRequest) -> BuildNotes:
 
 def _check_widths(source: SourceModel, group_size: int) -> None:
     # Widths come from the config, before GPTQModel spends minutes on Hessians.
-    for key in ("hidden_size", "intermediate_size"):
-        width = source.config.get(key)
+    config = source.config
+    widths = {key: config.get(key) for key in ("hidden_size", "intermediate_size")}
+    heads, head_dim = config.get("num_attention_heads"), config.get("head_dim")
+    if isinstance(heads, int) and isinstance(head_dim, int):
+        # What the attention's output projection reads; not always the hidden size.
+        widths["num_attention_heads * head_dim"] = heads * head_dim
+    for key, width in widths.items():
         if isinstance(width, int) and width % group_size:
             raise ValueError(
                 f"{key} {width} is not a multiple of group_size {group_size}; "
@@ -98,6 +103,8 @@ def _read_losses(path: Path) -> dict[str, float]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     path.unlink()
+    if not rows:
+        raise RuntimeError("GPTQModel quantized nothing: its log lists no module.")
     names = [f"layers.{row['layer']}.{row['module']}" for row in rows]
     fallen = [n for n, row in zip(names, rows, strict=True) if "fallback" in row["loss"]]
     if fallen:

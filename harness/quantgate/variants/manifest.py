@@ -83,9 +83,10 @@ def read_manifest(folder: Path) -> VariantManifest:
         manifest = VariantManifest(
             calibration=Calibration(**calibration) if calibration else None, **value
         )
-    except TypeError as error:
+        artifact_sha256 = manifest.artifact_sha256
+    except (TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: {error}. Delete the folder to rebuild.") from error
-    if stated != manifest.artifact_sha256:
+    if stated != artifact_sha256:
         raise ArtifactError(
             f"{path}: artifact_sha256 does not match the files it lists. It was edited; delete the "
             "folder to rebuild."

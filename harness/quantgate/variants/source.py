@@ -68,6 +68,7 @@ def open_source(model: str) -> SourceModel:
     """
     folder = _resolve(model)
     config = _read_config(folder, model)
+    _check_code(folder, config, model)
     _check_architecture(config, model)
     _check_weights(folder, model)
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
@@ -79,8 +80,7 @@ def open_source(model: str) -> SourceModel:
     paths = [folder / name for name in names if (folder / name).is_file()]
     paths += sorted(folder.glob("*.safetensors"))
     files = {path.name: sha256_of_file(path) for path in paths}
-    name = DEMO_MODEL if model == DEMO_MODEL else folder.name if folder.name else model
-    return SourceModel(name=name, folder=folder, config=config, files=files)
+    return SourceModel(name=_name(model), folder=folder, config=config, files=files)
 
 
 def demo_folder() -> Path:
@@ -96,19 +96,33 @@ def count_parameters(folder: Path) -> int:
 
 
 def _tensors(path: Path) -> list[dict[str, Any]]:
+    """The header's entries, after checking that the file holds the bytes they promise."""
     # The safetensors header: eight bytes of little-endian length, then JSON.
+    size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
         if len(prefix) < 8:
             raise SourceError(f"{path}: truncated; expected a safetensors header. Copy it again.")
         (length,) = struct.unpack("<Q", prefix)
         try:
-            header = json.loads(file.read(length))
-        except (ValueError, MemoryError, OverflowError) as error:
+            header = json.loads(file.read(min(length, size)))
+            entries = [entry for name, entry in header.items() if name != "__metadata__"]
+            end = 8 + length + max((entry["data_offsets"][1] for entry in entries), default=0)
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
             raise SourceError(
                 f"{path}: not a safetensors file ({error}). Copy or save it again."
             ) from error
-    return [entry for name, entry in header.items() if name != "__metadata__"]
+    if size < end:
+        raise SourceError(
+            f"{path}: truncated; it holds {size} bytes and its header says {end}. Copy it again."
+        )
+    return entries
+
+
+def _name(model: str) -> str:
+    """A name for people: the last part of a path or hub id (a hub cache's folder is a commit)."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.is_dir() else folder.name
 
 
 def _resolve(model: str) -> Path:
@@ -145,22 +159,34 @@ def _read_config(folder: Path, model: str) -> Mapping[str, Any]:
         raise SourceError(
             f"{model}: no config.json in {folder}; expected a folder written by save_pretrained()."
         )
+    return _read_json_object(path)
+
+
+def _read_json_object(path: Path) -> Mapping[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise SourceError(f"{path}: not JSON ({error}). Copy or save it again.") from error
-    if not isinstance(config, dict):
-        raise SourceError(f"{path}: expected a JSON object with 'architectures'.")
-    return config
+    if not isinstance(value, dict):
+        raise SourceError(f"{path}: expected a JSON object.")
+    return value
+
+
+def _check_code(folder: Path, config: Mapping[str, Any], model: str) -> None:
+    tokenizer = folder / "tokenizer_config.json"
+    configs = {"config.json": config}
+    if tokenizer.is_file():
+        configs[tokenizer.name] = _read_json_object(tokenizer)
+    for name, value in configs.items():
+        if value.get("auto_map"):
+            raise SourceError(
+                f"{model}: {name} has auto_map, so loading would run code from the checkpoint "
+                "(trust_remote_code), which quantgate never does. Use a model whose class is part "
+                "of transformers."
+            )
 
 
 def _check_architecture(config: Mapping[str, Any], model: str) -> None:
-    if config.get("auto_map"):
-        raise SourceError(
-            f"{model}: config.json has auto_map, so loading would run code from the checkpoint "
-            "(trust_remote_code), which quantgate never does. Use a model whose class is part of "
-            "transformers."
-        )
     architectures = config.get("architectures") or []
     if config.get("is_encoder_decoder") or not any(
         str(name).endswith("ForCausalLM") for name in architectures
