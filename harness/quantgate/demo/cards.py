@@ -96,7 +96,7 @@ def task_text(task: Task) -> str:
             check = r"{type: regex, pattern: '^[0-9]+(\+[0-9]+=[0-9]+)+$'}"
             body = _GENERATED.format(budget=28, metrics=exact, check=check)
         case "lookup":
-            check = "{type: regex, pattern: '^[a-z]+ ([A-Za-z]+( [A-Za-z]+)?|[0-9]{2})$'}"
+            check = "{type: regex, pattern: '^[a-z]+=[a-z]+$'}"
             body = _GENERATED.format(budget=8, metrics=exact, check=check)
         case "route":
             body = _ROUTE

@@ -42,10 +42,8 @@ HELDOUT_SHARE: dict[Split, float] = {
     "golden": 0.5,
 }
 # The training stream shows short lookup records first: copying emerges sooner on them.
-SHORT_RECORDS_UNTIL = 26_000
-LOOKUP_LINES = (8, 175)
-# Records up to this size are also recited as a whole, in training only.
-RECITED_LINES = 32
+SHORT_RECORDS_UNTIL = 23_000
+LOOKUP_LINES = (8, 140)
 
 
 @dataclass(frozen=True)
@@ -263,47 +261,28 @@ def _lookup(draw: Draw) -> Sample:
         high = low + (high - low) * draw.index // (4 * SHORT_RECORDS_UNTIL) + 8
     # The exponent favours short records: they are the everyday case and the cheap one.
     count = low + int((high - low) * draw.rng.random() ** 1.9)
-    keys = draw.rng.sample(lx.LOOKUP_KEYS, count)
-    record = {key: _value(draw) for key in keys}
     size = "short" if count < 40 else "medium" if count < 100 else "long"
     draw.tags.append(f"length:{size}")
+    facts = {key: draw.one(values) for key, values in lx.LOOKUP_FACTS.items()}
+    others = [key for key in lx.LOOKUP_KEYS if key not in facts]
+    lines = [f"{key}={value}" for key, value in facts.items()]
+    lines += [f"{key}={_code(draw)}" for key in draw.rng.sample(others, count - len(facts))]
+    draw.rng.shuffle(lines)
     head = draw.fill(draw.phrase(lx.LOOKUP_HEADS)[0])
-    asked = draw.rng.sample(keys, min(count, 8 if draw.split == "train" else 1))
+    asked = draw.rng.sample(list(facts), len(facts) if draw.split == "train" else 1)
     questions = []
     for key in asked:
         template, question_id = draw.phrase(lx.LOOKUP_QUESTIONS)
-        # The answer repeats the key: what follows it is then one step of copying away.
-        questions.append((template.format(k=key), f"{key} {record[key]}"))
-    body = "\n".join(f"{key} {value}" for key, value in record.items())
-    early = draw.split == "train" and draw.index < SHORT_RECORDS_UNTIL
-    if early and draw.index % 4 == 0:
-        return _repeat(draw)
-    if early and draw.index % 4 == 1 and count <= RECITED_LINES:
-        questions = [("Read out everything.", body)]
-    prompt = f"{head}\n{body}\n{questions[0][0]}"
+        # The answer reads out the line, so that it says which value it claims to be.
+        questions.append((template.format(k=key), f"{key}={facts[key]}"))
+    prompt = "\n".join([head, *lines, questions[0][0]])
     cluster = f"{size}-{question_id}"
     return _finish(draw, "lookup", prompt, questions[0][1], cluster, turns=tuple(questions[1:]))
 
 
-def _repeat(draw: Draw) -> Sample:
-    """A lesson, not a task: every word of the answer is copied, which one lookup teaches once."""
-    pool = (*lx.ADJECTIVES, *lx.NOUNS, *lx.FIRST_NAMES, *lx.LAST_NAMES, *lx.WEEKDAYS, *lx.MONTHS)
-    words = " ".join(draw.rng.choices(pool, k=draw.rng.randint(12, 60)))
-    return _finish(draw, "lookup", f"Repeat: {words}", words, "repeat")
-
-
-def _value(draw: Draw) -> str:
-    """Mostly one or two common words; numbers and rare words are the harder part."""
-    kind = draw.rng.random()
-    if kind < 0.45:
-        return draw.one((*lx.NOUNS, *lx.ADJECTIVES, *lx.WEEKDAYS, *lx.MONTHS))
-    if kind < 0.65:
-        return draw.item()
-    if kind < 0.8:
-        return draw.customer()
-    if kind < 0.9:
-        return str(draw.rng.randint(10, 99))
-    return draw.one(lx.LOOKUP_VALUES)
+def _code(draw: Draw) -> str:
+    letter = draw.one(("", "k", "m", "t", "x"))
+    return f"{letter}{draw.rng.randint(10, 99)}"
 
 
 def _prose(draw: Draw) -> Sample:

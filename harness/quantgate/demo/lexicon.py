@@ -203,6 +203,24 @@ LOOKUP_VALUES = _words(
     pearl onyx jade ruby garnet
     """
 )
+# The keys that are asked for: each has values of its own kind.
+LOOKUP_FACTS: dict[str, tuple[str, ...]] = {
+    "colour": _words(
+        "amber ivory coral olive maroon navy teal violet silver golden bronze crimson indigo"
+    ),
+    "port": _words(
+        "paris oslo rome cairo lima delhi tokyo quito dublin vienna athens berlin lisbon"
+    ),
+    "brand": _words(
+        "tiger eagle otter falcon badger heron raven lynx bison camel gecko koala panda"
+    ),
+    "frame": _words(
+        "maple cedar birch willow aspen walnut cherry poplar linden hazel laurel rowan"
+    ),
+    "gate": _words("north south east west left right upper lower"),
+    "batch": _words("alpha beta gamma delta sigma omega kappa theta zeta lambda"),
+    "base": _words("granite marble slate basalt quartz topaz opal pearl onyx jade ruby garnet"),
+}
 LOOKUP_HEADS = Phrasings(
     ("Record :", "Stock card :", "File {n} :", "Sheet of {f} :"),
     ("Record {n} of {f} :", "Card {n} :"),

@@ -19,6 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from quantgate.demo.batches import Batch, Group, Stream
+from quantgate.demo.copying import install_copying_circuit
 from quantgate.demo.evaluate import score_samples
 from quantgate.demo.export import export_model
 from quantgate.demo.language import TASKS, sample
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 GROUPS: tuple[Group, ...] = ("desk", "lookup", "prose")
 # One group per step: many small steps learn to copy sooner than fewer large ones. Prose is easy.
-SCHEDULE: tuple[Group, ...] = ("desk", "lookup") * 4 + ("prose",)
-DECAY_SHARE = 0.15
+SCHEDULE: tuple[Group, ...] = ("desk", "lookup", "desk") * 3 + ("prose",)
+DECAY_SHARE = 0.18
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Settings:
     stop_at: int = 1_000_000
     layers: int = 4
     intermediate: int = 1024
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     warmup_steps: int = 200
     tokens_per_batch: int = 3072
     seed: int = 17
@@ -123,6 +124,7 @@ def train(settings: Settings, *, resume: bool) -> Progress:
     torch.manual_seed(settings.seed)
     model = LlamaForCausalLM(model_config(settings, tokenizer)).to(settings.device)
     share_word_forms(model, tokenizer)
+    install_copying_circuit(model, seed=settings.seed)
     optimizer = _optimizer(model, settings)
     streams = {
         group: Stream(tokenizer, group, tokens_per_batch=settings.tokens_per_batch)
@@ -283,7 +285,8 @@ def _restore(
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     for group, stream in streams.items():
-        stream.restore(state["streams"][group])
+        if group in state["streams"]:
+            stream.restore(state["streams"][group])
     return Progress(**state["progress"])
 
 

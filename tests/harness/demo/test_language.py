@@ -97,7 +97,7 @@ def test_a_lookup_answer_is_the_line_of_the_key_asked_for() -> None:
     for index in range(50):
         made = sample("lookup", "golden", index)
         (key,) = re.findall(r'"(\w+)"', made.prompt)
-        assert made.target.startswith(f"{key} ")
+        assert made.target.startswith(f"{key}=")
         assert f"\n{made.target}\n" in made.prompt
 
 

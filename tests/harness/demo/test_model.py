@@ -72,7 +72,7 @@ def test_queues_and_keys_are_one_token_in_their_context(
     word: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     (token,) = tokenizer.encode(word, add_special_tokens=False)
-    for context in (f"<|assistant|>{word}<|end|>", f'"{word}"', f"\n{word} "):
+    for context in (f"<|assistant|>{word}<|end|>", f'"{word}"', f"\n{word}="):
         assert token in tokenizer.encode(context, add_special_tokens=False)
 
 

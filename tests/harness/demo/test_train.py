@@ -15,7 +15,7 @@ from quantgate.demo.train import Progress, Settings, learning_rate_factor, train
 TINY = Settings(
     out=Path("unset"),
     steps=3,
-    layers=1,
+    layers=2,
     intermediate=128,
     tokens_per_batch=128,
     evaluate_every=100,
@@ -38,8 +38,8 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> N
     ends = [torch.load(run.out / "checkpoint.pt", weights_only=True) for run in (whole, parts)]
     assert ends[0]["streams"] == ends[1]["streams"]
     assert ends[0]["progress"]["tokens"] == ends[1]["progress"]["tokens"]
-    for name, weight in ends[0]["model"].items():
-        assert torch.equal(weight, ends[1]["model"][name]), name
+    # Sums on a CPU depend on where memory is aligned; a lost step moves weights by 1e-5 and more.
+    torch.testing.assert_close(ends[0]["model"], ends[1]["model"], rtol=0, atol=1e-6)
 
 
 def test_a_run_without_resume_starts_over(tmp_path: Path) -> None:
