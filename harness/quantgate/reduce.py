@@ -96,7 +96,7 @@ def _load(evidence: VariantEvidence, release: ReleaseFolder) -> list[Measurement
             raise MeasurementError(evidence.load_failure or "the load stage was not run")
         champion = read_arm(found.group, CHAMPION_ARM, evidence.num_blocks)
         candidate = read_arm(found.group, found.arm, evidence.num_blocks)
-        facts = read_facts(found.group, found.arm)
+        facts = read_facts(found.group, found.arm, evidence.num_blocks)
     except MeasurementError as error:
         return [Missing(metric=metric, reason=str(error)) for metric in everything]
     source = _source(found.group / found.arm, release)

@@ -14,7 +14,7 @@ from pathlib import Path
 from quantgate.champion import Champion, find_champion
 from quantgate.errors import MeasurementError, UsageError
 from quantgate.files import sha256_of_json, write_json
-from quantgate.load.stage import Arm, measure_load, workload_digests
+from quantgate.load.stage import CHAMPION_ARM, Arm, measure_load, workload_digests
 from quantgate.load.workload import BlockWorkload, make_block_workload
 from quantgate.machine import describe_machine
 from quantgate.measurements_file import (
@@ -98,7 +98,7 @@ def measure_release(request: ReleaseRequest, progress: Progress) -> ReleaseFolde
                     candidate=quality[name],
                     overlap=_overlap(plan, variant),
                     distribution_failure=distribution.get(name),
-                    load_failure=load.get(name),
+                    load_failure=_load_failure(load, name, variant.folder == champion.folder),
                     is_champion=variant.folder == champion.folder,
                     num_blocks=plan.policy.workload.blocks if plan.policy.workload else 0,
                 ),
@@ -348,6 +348,11 @@ def _measure_load(
         timeout_s=plan.timeout_s,
         on_block=lambda arm, block: progress.step(note=f"round {block + 1}, {arm}"),
     )
+
+
+def _load_failure(failures: dict[str, str], name: str, is_champion: bool) -> str | None:
+    """The champion's own server may have died where it has no arm under its own name."""
+    return failures.get(name) or (failures.get(CHAMPION_ARM) if is_champion else None)
 
 
 def _is_compared(policy: Policy, variant: str) -> bool:

@@ -7,12 +7,14 @@ the workload: in simulation the spread of a p95 log-ratio falls fourfold.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from quantgate.errors import MeasurementError
+from quantgate.files import write_json
 from quantgate.load.client import PhaseRecord, RequestRecord, replay
 from quantgate.load.workload import BlockWorkload
 from quantgate.server import Server
@@ -21,8 +23,34 @@ BURST = "burst"
 STEADY = "steady"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockFacts:
+    """What a server said of itself at the end of a block.
+
+    Kept per block: a later session has another server, which knows nothing of an earlier OOM.
+    """
+
+    peak_bytes: int
+    """Most memory held since the server started."""
+    oom_count: int
+    """During this block."""
+
+
+class ArmFailed(MeasurementError):
+    """An arm cannot be measured on; `arm` says which."""
+
+    def __init__(self, arm: str, reason: str) -> None:
+        super().__init__(reason)
+        self.arm = arm
+
+
 def block_path(folder: Path, arm: str, block: int) -> Path:
     return folder / arm / f"block-{block:02d}.parquet"
+
+
+def facts_path(block: Path) -> Path:
+    """Beside a block's requests."""
+    return block.with_suffix(".json")
 
 
 def round_order(arms: Sequence[str], block: int) -> list[str]:
@@ -43,19 +71,30 @@ def run_blocks(
     """Runs the rounds from `first_block` on and stores each block's requests at `block_path`.
 
     Raises:
-        ServerDied: an arm's server ended; blocks already stored stay.
+        ArmFailed: an arm's server ended or does not answer; blocks already stored stay.
     """
     for block, workload in list(enumerate(workloads))[first_block:]:
         for arm in round_order(list(arms), block):
-            server = arms[arm]
-            server.check_alive()
-            # Not measured: an idle process has cold caches and a clocked-down core.
-            replay(server.url, workload.burst[:warmup_requests], timeout_s=timeout_s)
-            burst = replay(server.url, workload.burst, timeout_s=timeout_s)
-            steady = replay(server.url, workload.steady, timeout_s=timeout_s)
-            server.check_alive()
-            write_block(block_path(folder, arm, block), {BURST: burst, STEADY: steady})
+            path = block_path(folder, arm, block)
+            try:
+                _run_block(arms[arm], workload, path, warmup_requests, timeout_s)
+            except MeasurementError as error:
+                raise ArmFailed(arm, str(error)) from error
             on_block(arm, block)
+
+
+def _run_block(
+    server: Server, workload: BlockWorkload, path: Path, warmup_requests: int, timeout_s: float
+) -> None:
+    ooms_before = server.oom_count()
+    # Not measured: an idle process has cold caches and a clocked-down core.
+    replay(server.url, workload.burst[:warmup_requests], timeout_s=timeout_s)
+    burst = replay(server.url, workload.burst, timeout_s=timeout_s)
+    steady = replay(server.url, workload.steady, timeout_s=timeout_s)
+    facts = BlockFacts(peak_bytes=server.peak_bytes(), oom_count=server.oom_count() - ooms_before)
+    # Before the block itself, so that no block is without its facts.
+    write_json(facts_path(path), asdict(facts))
+    write_block(path, {BURST: burst, STEADY: steady})
 
 
 def write_block(path: Path, phases: Mapping[str, PhaseRecord]) -> None:

@@ -86,13 +86,13 @@ async def _send(
         if response.status == 200:
             payload = json.loads(text)
             output_tokens = int(payload["usage"]["completion_tokens"])
-            timings = payload.get("timings", {})
+            timings = payload.get("timings") or {}
             queue_ms = timings.get("queue_ms")
             if timings.get("ttft_ms") is not None:
                 first_ms = sent_ms + float(timings["ttft_ms"])
         else:
             error = f"HTTP {response.status}: {text[:200]}"
-    except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as failure:
+    except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as failure:
         error = f"{type(failure).__name__}: {failure}"
     if error is None and output_tokens != request.output_tokens:
         error = f"{output_tokens} output tokens; {request.output_tokens} were asked for"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from quantgate.errors import MeasurementError
-from quantgate.files import read_json, write_json
-from quantgate.load.blocks import block_path, run_blocks
+from quantgate.files import read_json
+from quantgate.load.blocks import ArmFailed, BlockFacts, block_path, facts_path, run_blocks
 from quantgate.load.workload import BlockWorkload
 from quantgate.server import Server
 from quantgate.server_pool import ServerPool
@@ -28,7 +28,7 @@ class Arm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArmFacts:
-    """What a server said of itself at the end of its last block."""
+    """What an arm's servers said of themselves over all blocks."""
 
     peak_bytes: int
     oom_count: int
@@ -52,13 +52,15 @@ def measure_load(
         arms_together: servers resident at a time, champion included, at least 2; None for all.
 
     Returns:
-        Why there is no load measurement, by candidate; an arm that dies costs its group.
+        Why there is no load measurement, by candidate; an arm that dies costs only itself. Where
+        the champion died, also under `CHAMPION_ARM`.
     """
     size = max(1, len(candidates) if arms_together is None else arms_together - 1)
     failures: dict[str, str] = {}
-    for start in range(0, len(candidates), size):
+    # Without candidates the champion is measured alone: absolute limits judge it too.
+    for start in range(0, max(1, len(candidates)), size):
         group = list(candidates[start : start + size])
-        while group:
+        while True:
             dead = _measure_group(
                 champion, group, workloads, folder=folder / f"group-{start // size}",
                 servers=servers, warmup_requests=warmup_requests, timeout_s=timeout_s,
@@ -68,9 +70,9 @@ def measure_load(
                 break
             arm, reason = dead
             if arm == CHAMPION_ARM:
-                failures |= {candidate.name: reason for candidate in group}
+                failures |= dict.fromkeys([CHAMPION_ARM, *(c.name for c in group)], reason)
                 break
-            # The others are measured again without the arm that died: rounds must be whole.
+            # The others, champion included, go on without it, from their last whole round.
             failures[arm] = reason
             group = [candidate for candidate in group if candidate.name != arm]
     return failures
@@ -92,16 +94,20 @@ def find_arm(folder: Path, candidate: str, *, is_champion: bool) -> MeasuredArm 
     return None
 
 
-def read_facts(folder: Path, arm: str) -> ArmFacts:
-    """What an arm's server said of itself.
+def read_facts(folder: Path, arm: str, num_blocks: int) -> ArmFacts:
+    """Most memory and all OOMs over an arm's blocks, in whichever session they were measured.
 
     Raises:
-        MeasurementError: the arm was not measured to its end.
+        MeasurementError: a block has none.
     """
-    path = folder / arm / "server.json"
-    if not path.is_file():
-        raise MeasurementError(f"{arm}: the load stage did not reach its end")
-    return ArmFacts(**read_json(path))
+    paths = [facts_path(block_path(folder, arm, block)) for block in range(num_blocks)]
+    missing = sum(not path.is_file() for path in paths)
+    if missing:
+        raise MeasurementError(f"{arm}: {missing} of {num_blocks} blocks were not measured")
+    facts = [BlockFacts(**read_json(path)) for path in paths]
+    return ArmFacts(
+        peak_bytes=max(f.peak_bytes for f in facts), oom_count=sum(f.oom_count for f in facts)
+    )
 
 
 def _measure_group(
@@ -121,7 +127,7 @@ def _measure_group(
     for block in range(done):
         for name in arms:
             on_block(name, block)
-    if done == len(workloads) and all((folder / n / "server.json").is_file() for n in arms):
+    if done == len(workloads):
         return None
     running: dict[str, Server] = {}
     with ExitStack() as stack:
@@ -130,7 +136,6 @@ def _measure_group(
                 running[name] = stack.enter_context(servers.serving(arm.folder, log=arm.log))
             except MeasurementError as error:
                 return name, str(error)
-        ooms_before = {name: server.oom_count() for name, server in running.items()}
         try:
             run_blocks(
                 running,
@@ -141,17 +146,8 @@ def _measure_group(
                 timeout_s=timeout_s,
                 on_block=on_block,
             )
-        except MeasurementError as error:
-            dead = next((n for n, s in running.items() if s.process.poll() is not None), None)
-            if dead is None:
-                raise
-            return dead, str(error)
-        for name, server in running.items():
-            try:
-                path = folder / name / "server.json"
-                _write_facts(path, server, ooms_before=ooms_before[name])
-            except MeasurementError as error:
-                return name, str(error)
+        except ArmFailed as failure:
+            return failure.arm, str(failure)
     return None
 
 
@@ -161,11 +157,6 @@ def _whole_rounds(folder: Path, arms: Sequence[str], num_blocks: int) -> int:
         if not all(block_path(folder, arm, block).is_file() for arm in arms):
             return block
     return num_blocks
-
-
-def _write_facts(path: Path, server: Server, *, ooms_before: int) -> None:
-    facts = ArmFacts(peak_bytes=server.peak_bytes(), oom_count=server.oom_count() - ooms_before)
-    write_json(path, asdict(facts))
 
 
 def workload_digests(workloads: Sequence[BlockWorkload]) -> Mapping[str, str]:
