@@ -6,6 +6,7 @@ last lines of the server's log.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -86,7 +86,7 @@ class Server:
         try:
             with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
                 text = response.read().decode("utf-8")
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        except (OSError, http.client.HTTPException) as error:
             self.check_alive()
             raise MeasurementError(f"{self.url}/metrics does not answer: {error}") from error
         return parse_counters(text)
@@ -199,7 +199,7 @@ def _await_ready(server: Server, deadline: float) -> None:
             with urllib.request.urlopen(f"{server.url}/ready", timeout=5) as response:
                 if response.status == 200:
                     return
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
+        except (OSError, http.client.HTTPException):
             pass
         time.sleep(_POLL_S)
 

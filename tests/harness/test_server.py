@@ -1,0 +1,114 @@
+"""The server as a child process: one real start, and what is said when there is none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from quantgate.errors import MeasurementError, ServerDied
+from quantgate.server import Server, ServerOptions, last_lines, parse_counters, running_server
+from quantgate.variants.source import demo_folder
+
+
+def test_counters_are_summed_over_their_labels_and_comments_are_skipped() -> None:
+    text = (
+        "# HELP quantgate_oom_total Steps that ran out of memory.\n"
+        "# TYPE quantgate_oom_total counter\n"
+        'quantgate_oom_total{model_name="a b"} 1.0\n'
+        'quantgate_oom_total{model_name="c"} 2.0\n'
+        "\n"
+        "quantgate_peak_memory_bytes 1.5e+09\n"
+        'quantgate_step_seconds_bucket{le="+Inf"} 7\n'
+    )
+    assert parse_counters(text) == {
+        "quantgate_oom_total": 3.0,
+        "quantgate_peak_memory_bytes": 1.5e9,
+        "quantgate_step_seconds_bucket": 7.0,
+    }
+    assert parse_counters("") == {}
+
+
+def test_options_that_are_none_are_left_to_the_server() -> None:
+    options = ServerOptions(device="cpu", threads=1, kv_tokens=4096)
+    given = ["--device", "cpu", "--threads", "1", "--kv-tokens", "4096"]
+    # Never with a prefix cache: an arm must not find its warm-up there.
+    assert options.arguments() == [*given, "--no-prefix-cache"]
+
+
+def test_a_real_server_starts_answers_is_watched_and_ends(tmp_path: Path) -> None:
+    log = tmp_path / "log" / "server.log"
+    options = ServerOptions(threads=1, kv_tokens=1024, max_batch_size=2)
+    with running_server(demo_folder(), log=log, options=options) as server:
+        body = json.dumps({"prompt": [5, 6], "max_tokens": 3, "ignore_eos": True}).encode()
+        request = urllib.request.Request(
+            f"{server.url}/v1/completions",
+            data=body,
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            assert json.load(response)["usage"]["completion_tokens"] == 3
+        assert server.oom_count() == 0
+        assert server.peak_bytes() > 50e6
+        server.check_alive()
+        # It dies as a crash of its own would end it.
+        server.process.kill()
+        server.process.wait()
+        with pytest.raises(ServerDied, match=r"the server exited \(signal SIGKILL\)"):
+            server.counters()
+    assert server.process.poll() is not None
+
+
+def test_a_server_that_exits_before_it_is_ready_says_its_last_log_lines(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    with (
+        pytest.raises(ServerDied, match=r"exited \(exit code") as caught,
+        running_server(tmp_path / "no-model", log=log, options=ServerOptions()),
+    ):
+        pytest.fail("it has no model to serve")
+    assert "no-model" in str(caught.value)
+
+
+def test_a_server_that_is_not_ready_in_time_is_ended(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    options = ServerOptions(ready_timeout_s=0.0)
+    with (
+        pytest.raises(MeasurementError, match="was not listening in time") as caught,
+        running_server(demo_folder(), log=log, options=options),
+    ):
+        pytest.fail("nothing is ready in no time")
+    assert not isinstance(caught.value, ServerDied)
+
+
+def test_a_process_that_lives_but_does_not_answer_is_no_death(tmp_path: Path) -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    server = Server(process, "http://127.0.0.1:9", tmp_path / "server.log")
+    try:
+        with pytest.raises(MeasurementError, match="/metrics does not answer") as caught:
+            server.peak_bytes()
+        assert not isinstance(caught.value, ServerDied)
+    finally:
+        server.stop()
+    assert process.poll() is not None
+
+
+def test_an_exit_code_is_told_apart_from_a_signal(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    process.wait()
+    log = tmp_path / "server.log"
+    with pytest.raises(ServerDied, match=r"exit code 3\):\n  \(no log\)"):
+        Server(process, "", log).check_alive()
+
+
+def test_only_the_end_of_a_long_log_is_told(tmp_path: Path) -> None:
+    log = tmp_path / "server.log"
+    log.write_bytes(b"".join(b"line %d\n" % n for n in range(100)) + b"\xff\n")
+    lines = last_lines(log).splitlines()
+    assert len(lines) == 15
+    assert lines[0] == "  line 86"
+    log.write_text("", encoding="utf-8")
+    assert last_lines(log) == "  (empty log)"
