@@ -19,7 +19,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from quantgate.demo.batches import Batch, Group, Stream
-from quantgate.demo.copying import install_copying_circuit
 from quantgate.demo.evaluate import score_samples
 from quantgate.demo.export import export_model
 from quantgate.demo.language import TASKS, sample
@@ -39,6 +38,8 @@ class Settings:
 
     out: Path
     export_to: Path | None = None
+    # Exported weights and tokenizer to go on from, with a fresh optimizer; None starts at random.
+    start_from: Path | None = None
     device: str = "cpu"
     minutes: float = 90.0
     steps: int = 1_000_000
@@ -121,10 +122,7 @@ def train(settings: Settings, *, resume: bool) -> Progress:
     """Train until the budget is spent; write checkpoints, the log and exports on the way."""
     settings.out.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(settings)
-    torch.manual_seed(settings.seed)
-    model = LlamaForCausalLM(model_config(settings, tokenizer)).to(settings.device)
-    share_word_forms(model, tokenizer)
-    install_copying_circuit(model, seed=settings.seed)
+    model = _start_model(settings, tokenizer)
     optimizer = _optimizer(model, settings)
     streams = {
         group: Stream(tokenizer, group, tokens_per_batch=settings.tokens_per_batch)
@@ -174,6 +172,16 @@ def train(settings: Settings, *, resume: bool) -> Progress:
     return progress
 
 
+def _start_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    if settings.start_from is not None:
+        start = LlamaForCausalLM.from_pretrained(settings.start_from, local_files_only=True)
+        return start.to(settings.device)
+    torch.manual_seed(settings.seed)
+    model = LlamaForCausalLM(model_config(settings, tokenizer))
+    share_word_forms(model, tokenizer)
+    return model.to(settings.device)
+
+
 class _StopRequest:
     """SIGTERM ends the run after its step, with a checkpoint to resume from."""
 
@@ -186,6 +194,8 @@ class _StopRequest:
 
 
 def _tokenizer(settings: Settings) -> PreTrainedTokenizerFast:
+    if settings.start_from is not None:
+        return PreTrainedTokenizerFast.from_pretrained(settings.start_from, local_files_only=True)
     folder = settings.out / "tokenizer"
     if not folder.exists():
         train_tokenizer(settings.tokenizer_samples).save_pretrained(folder)
@@ -295,6 +305,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m quantgate.demo.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="checkpoints, tokenizer, log")
     parser.add_argument("--export-to", type=Path, help="model folder to refresh while training")
+    parser.add_argument("--start-from", type=Path, help="model folder to go on training from")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--minutes", type=float, default=90.0, help="training time in total")
     parser.add_argument("--steps", type=int, default=Settings.steps)
@@ -313,6 +324,7 @@ def main() -> None:
     settings = replace(
         Settings(out=arguments.out),
         export_to=arguments.export_to,
+        start_from=arguments.start_from,
         device=device,
         minutes=arguments.minutes,
         steps=arguments.steps,

@@ -59,6 +59,17 @@ def test_an_export_loads_as_a_model_with_tokenizer_and_log(tmp_path: Path) -> No
     assert not list(tmp_path.glob(".export-*"))
 
 
+def test_a_run_can_start_from_exported_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    train(replace(TINY, out=tmp_path / "first", export_to=folder, steps=1), resume=False)
+    second = replace(TINY, out=tmp_path / "second", start_from=folder, steps=0)
+    assert train(second, resume=False).step == 0
+    ended = torch.load(tmp_path / "second" / "checkpoint.pt", weights_only=True)["model"]
+    exported = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, weight in exported.items():
+        assert torch.equal(ended[name], weight), name
+
+
 @pytest.mark.parametrize(
     ("step", "seconds", "factor"),
     [(0, 0.0, 0.005), (199, 0.0, 1.0), (500, 0.0, 1.0), (500, 546.0, 0.5), (500, 600.0, 0.02)],
