@@ -22,6 +22,9 @@ from quantgate.units import Quantity, did_you_mean, parse_metric, parse_quantity
 SOURCE = "source"
 """The reference that is the source model in its own precision."""
 
+RESERVED_NAMES = {SOURCE: "the source model", "champion": "the champion's arm"}
+"""Names of folders in a release that no variant may take."""
+
 PositiveInt: TypeAlias = Annotated[int, Field(ge=1)]
 NonNegativeInt: TypeAlias = Annotated[int, Field(ge=0)]
 Lengths: TypeAlias = Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]
@@ -233,9 +236,10 @@ def _applies(gate: Gate, variant: str, scheme: Scheme) -> bool:
 
 def _baseline_problems(policy: Policy) -> list[tuple[Location, str]]:
     problems: list[tuple[Location, str]] = []
-    if SOURCE in policy.variants:
-        message = f'"{SOURCE}" is the name of the source model; give the variant another name'
-        problems.append((("variants", SOURCE), message))
+    for name, meaning in RESERVED_NAMES.items():
+        if name in policy.variants:
+            message = f'"{name}" is the name of {meaning}; give the variant another name'
+            problems.append((("variants", name), message))
     if policy.champion not in policy.variants:
         problems.append((("champion",), _unknown("champion", policy.champion, policy.variants)))
     references = [SOURCE, *policy.variants]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from quantgate.champion import Champion, find_champion
 from quantgate.errors import MeasurementError, UsageError
-from quantgate.files import sha256_of_json, write_json
+from quantgate.files import sha256_of_json, write_bytes, write_json
 from quantgate.load.stage import CHAMPION_ARM, Arm, measure_load, workload_digests
 from quantgate.load.workload import BlockWorkload, make_block_workload
 from quantgate.machine import describe_machine
@@ -242,7 +242,7 @@ def _measure_quality(
         results = dict(zip((m.name for m in models), pool.map(measure, models), strict=True))
     for name, result in results.items():
         for golden, path in result.items.items():
-            _copy(path, release.items(name, golden))
+            write_bytes(release.items(name, golden), path.read_bytes())
         for golden, reason in result.missing.items():
             progress.note(f"{name}: {golden}: {reason.splitlines()[0]}")
     return results
@@ -296,7 +296,7 @@ def _measure_distribution(
     )
     for name, path in paths.items():
         if path.is_file():
-            _copy(path, release.distribution(name))
+            write_bytes(release.distribution(name), path.read_bytes())
     for name, reason in failures.items():
         progress.note(f"{name}: {reason}")
     return failures
@@ -391,13 +391,6 @@ def _overlap(plan: Plan, variant: Variant) -> str | None:
     if variant.manifest.calibration is None or plan.calibration is None:
         return None
     return find_overlap(plan.calibration.texts, plan.all_sets)
-
-
-def _copy(path: Path, to: Path) -> None:
-    to.parent.mkdir(parents=True, exist_ok=True)
-    temporary = to.with_suffix(".partial")
-    temporary.write_bytes(path.read_bytes())
-    temporary.replace(to)
 
 
 def _relative(folder: Path, runs: Path) -> str:

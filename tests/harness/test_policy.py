@@ -176,6 +176,11 @@ def test_a_variant_that_is_brought_needs_no_calibration(tmp_path: Path) -> None:
             'small.yaml:5: "source" is the name of the source model',
         ),
         (
+            "bf16: {scheme: bf16}",
+            "bf16: {scheme: bf16}\n  champion: {scheme: bf16}",
+            'small.yaml:5: "champion" is the name of the champion\'s arm',
+        ),
+        (
             "calibration: {path: text}\n",
             "",
             'small.yaml:5: int4-gptq needs "calibration"; write: calibration: {path: FOLDER}',

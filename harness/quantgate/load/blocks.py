@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quantgate.errors import MeasurementError
-from quantgate.files import write_json
+from quantgate.files import write_json, write_with
 from quantgate.load.client import PhaseRecord, RequestRecord, replay
 from quantgate.load.workload import BlockWorkload
 from quantgate.server import Server
@@ -109,10 +110,8 @@ def write_block(path: Path, phases: Mapping[str, PhaseRecord]) -> None:
         for phase, record in phases.items()
         for request in record.requests
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist(rows), temporary)
-    temporary.replace(path)
+    table = pa.Table.from_pylist(rows)
+    write_with(path, partial(pq.write_table, table))
 
 
 def read_block(path: Path) -> dict[str, PhaseRecord]:

@@ -26,8 +26,10 @@ MAX_CLIENT_CPU_SHARE = 0.8
 # the client could not keep its own schedule; 5 ms are always allowed.
 MAX_SEND_DELAY_SHARE = 0.10
 MIN_SEND_DELAY_MS = 5.0
-# Requests in flight may not grow by more than this factor from the first half to the second.
+# Requests in flight may not grow by more than this factor from the second third of the arrivals to
+# the last, unless by less than one request. The first third fills an empty server at any speed.
 MAX_IN_FLIGHT_GROWTH = 2.0
+MIN_IN_FLIGHT_GROWTH = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,16 +166,19 @@ def _paired(
 
 
 def _in_flight_growth(phases: Sequence[PhaseRecord]) -> float:
-    """Mean requests in flight in the second half of the arrivals over the first half."""
-    first, second = 0.0, 0.0
+    """Mean requests in flight in the last third of the arrivals over the second third."""
+    before, after = 0.0, 0.0
     for phase in phases:
         times = np.asarray([r.scheduled_ms for r in phase.requests])
         done = np.asarray([r.done_ms for r in phase.requests])
-        middle, end = times[-1] / 2, times[-1]
-        first += _in_flight_integral(times, done, 0.0, middle) / middle
-        second += _in_flight_integral(times, done, middle, end) / (end - middle)
-    return second / first if first > 0 else 1.0
+        third = times[-1] / 3
+        before += _mean_in_flight(times, done, third, 2 * third) / len(phases)
+        after += _mean_in_flight(times, done, 2 * third, 3 * third) / len(phases)
+    if after - before <= MIN_IN_FLIGHT_GROWTH:
+        return 1.0
+    return after / before if before > 0 else float("inf")
 
 
-def _in_flight_integral(start: FloatArray, done: FloatArray, low: float, high: float) -> float:
-    return float(np.clip(np.minimum(done, high) - np.maximum(start, low), 0.0, None).sum())
+def _mean_in_flight(start: FloatArray, done: FloatArray, low: float, high: float) -> float:
+    overlap = np.clip(np.minimum(done, high) - np.maximum(start, low), 0.0, None)
+    return float(overlap.sum() / (high - low)) if high > low else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quantgate.errors import MeasurementError
+from quantgate.files import write_with
 from quantgate.measure import Binomial, Clustered, Measurement, Missing, PairedBinary
 from quantgate.quality.answers import Answer
 from quantgate.quality.golden import GoldenSet, ValidityCheck
@@ -71,11 +73,8 @@ def write_results(path: Path, golden: GoldenSet, answers: Sequence[Answer]) -> N
             and is_valid(check, answer.output, finish_reason=answer.finish_reason)
             for answer in answers
         ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
     table = pa.table(columns).replace_schema_metadata({"scorers": json.dumps(metrics_of(golden))})
-    pq.write_table(table, temporary)
-    temporary.replace(path)
+    write_with(path, partial(pq.write_table, table))
 
 
 def count_errors(path: Path) -> tuple[int, int]:

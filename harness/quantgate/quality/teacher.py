@@ -12,11 +12,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from quantgate.files import write_with
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +51,7 @@ def main() -> None:
             rows["position"] += range(1, count + 1)
             for name, values in compared.items():
                 rows[name] += values.tolist()
-        _write(Path(candidate["out"]), rows)
+        write_with(Path(candidate["out"]), partial(pq.write_table, pa.table(rows)))
         seconds = time.perf_counter() - started
         print(f"{candidate['name']}: {len(rows['position'])} tokens in {seconds:.1f} s", flush=True)
         del model
@@ -103,12 +106,6 @@ def compare_logits(reference: Tensor, candidate: Tensor, ids: list[int]) -> dict
         "is_top1_equal": p.argmax(-1) == q.argmax(-1),
         "is_finite": is_finite,
     }
-
-
-def _write(path: Path, rows: dict[str, list[Any]]) -> None:
-    temporary = path.with_suffix(".partial")
-    pq.write_table(pa.table(rows), temporary)
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -109,8 +109,15 @@ def build_variant(
         for path in (p for p in out.rglob("*") if p.is_file()):
             # safetensors writes files only their owner may read; a server often runs as another.
             path.chmod(0o644)
-        # The folder appears whole: a build cut short leaves only a temporary one.
-        out.rename(folder)
+        try:
+            # The folder appears whole: a build cut short leaves only a temporary one.
+            out.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise
+            # Another process built the same meanwhile; what stands there is what is judged.
+            manifest = read_manifest(folder)
+            verify(folder, manifest)
     fsync_folder(store)
     return Variant(name=name, folder=folder, manifest=manifest)
 

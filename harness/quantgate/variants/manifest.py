@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from quantgate.errors import ArtifactError
-from quantgate.files import read_json, sha256_of_file, sha256_of_files, write_json
+from quantgate.files import (
+    read_json,
+    sha256_of_file,
+    sha256_of_files,
+    sha256_of_json,
+    write_json,
+)
 
 MANIFEST_NAME = "variant.json"
 SCHEMA_VERSION = 1
@@ -58,8 +64,12 @@ def digest_files(folder: Path) -> dict[str, str]:
 
 def write_manifest(folder: Path, manifest: VariantManifest) -> None:
     value = asdict(manifest)
-    value["artifact_sha256"] = manifest.artifact_sha256
-    write_json(folder / MANIFEST_NAME, value)
+    digests = {
+        "artifact_sha256": manifest.artifact_sha256,
+        # Covers what the files do not: scheme, source and calibration decide what a verdict means.
+        "manifest_sha256": sha256_of_json(value),
+    }
+    write_json(folder / MANIFEST_NAME, value | digests)
 
 
 def read_manifest(folder: Path) -> VariantManifest:
@@ -77,7 +87,8 @@ def read_manifest(folder: Path) -> VariantManifest:
         raise ArtifactError(f"{path}: not JSON ({error}). Delete the folder to rebuild.") from error
     if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
         raise ArtifactError(f"{path}: expected schema_version {SCHEMA_VERSION}.")
-    stated = value.pop("artifact_sha256", None)
+    stated = value.pop("artifact_sha256", None), value.pop("manifest_sha256", None)
+    found_sha256 = sha256_of_json(value)
     calibration = value.pop("calibration", None)
     try:
         manifest = VariantManifest(
@@ -86,10 +97,10 @@ def read_manifest(folder: Path) -> VariantManifest:
         artifact_sha256 = manifest.artifact_sha256
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: {error}. Delete the folder to rebuild.") from error
-    if stated != artifact_sha256:
+    if stated != (artifact_sha256, found_sha256):
         raise ArtifactError(
-            f"{path}: artifact_sha256 does not match the files it lists. It was edited; delete the "
-            "folder to rebuild."
+            f"{path}: its digests do not match what it says. It was edited; delete the folder to "
+            "rebuild."
         )
     return manifest
 

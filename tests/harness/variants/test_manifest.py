@@ -72,6 +72,18 @@ def test_a_byte_that_differs_is_a_digest_mismatch_that_names_the_file(
         verify(artifact, read_manifest(artifact))
 
 
+@pytest.mark.parametrize("key", ["scheme", "source_sha256", "calibration", "options"])
+def test_a_manifest_that_tells_another_story_about_the_same_bytes_is_refused(
+    artifact: Path, key: str
+) -> None:
+    path = artifact / MANIFEST_NAME
+    value = json.loads(path.read_text(encoding="utf-8"))
+    value[key] = {"changed": 1} if key == "options" else None if value[key] else "changed"
+    path.write_text(json.dumps(value), encoding="utf-8")
+    with pytest.raises(ArtifactError):
+        read_manifest(artifact)
+
+
 def test_a_manifest_edited_to_fit_other_bytes_is_refused(artifact: Path) -> None:
     change(artifact)
     path = artifact / MANIFEST_NAME
