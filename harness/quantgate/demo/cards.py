@@ -10,13 +10,14 @@ from quantgate.demo.lexicon_route import QUEUES
 
 SUMMARY: dict[Task, str] = {
     "extract": "A customer's free message becomes one line of JSON: item, quantity, unit, due date "
-    "as written, customer. Messages differ in phrasing, order, greeting, asides and typing "
-    "errors; some write the quantity as a word or correct it in the same breath.",
+    "as written, customer (a firm). Messages differ in phrasing, order, greeting, asides and "
+    "typing errors; some write the quantity as a word or correct it in the same breath.",
     "route": "A customer's message belongs to one of eight queues. Every queue is one token, so a "
     "single forward pass scores all choices. Half the messages also mention another queue's topic, "
     "which must not decide.",
     "total": "The amounts of a short invoice are added up, with the running sum written out: "
-    "`7+5=12+9=21`. The last number is the total; other numbers in the invoice do not count.",
+    "`15+5=20+40=60`. The last number is the total; other numbers in the invoice do not count. "
+    "Prices are multiples of 5 up to 40.",
     "lookup": "One line is found in a record of 8 to 140 lines (60 to 800 tokens) and read out: "
     "the long slice. Seven keys are asked for (colour, port, brand, ...), each with values of its "
     "own kind; the other lines carry codes and numbers.",

@@ -29,9 +29,10 @@ def test_the_same_arguments_make_the_same_sample(task: Task) -> None:
 def test_a_known_sample_does_not_change_between_releases() -> None:
     made = sample("total", "golden", 0)
     assert made.prompt == (
-        "Bill number 39 for Wanda : filters for 13 ; flat panels for 28 . Please add it up ."
+        "Bill number 234 for Zoe : 20 : the panels ; 35 : the buckets ; 10 : the baskets . "
+        "Please add it up ."
     )
-    assert made.target == "13+28=41"
+    assert made.target == "20+35=55+10=65"
 
 
 def test_seed_ranges_of_the_splits_do_not_meet() -> None:
