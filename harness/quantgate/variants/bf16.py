@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from quantgate.files import write_json
 from quantgate.variants.scheme import BuildNotes, BuildRequest, copy_sidecars
-from quantgate.variants.source import SourceModel
+from quantgate.variants.source import INDEX_NAME, SourceModel
 
 
 def build(source: SourceModel, out: Path, request: BuildRequest) -> BuildNotes:
@@ -26,7 +26,7 @@ def build(source: SourceModel, out: Path, request: BuildRequest) -> BuildNotes:
                 num_cast += tensor.is_floating_point() and tensor.dtype != torch.bfloat16
                 tensors[name] = to_bf16(tensor)
         save_file(tensors, out / path.name, metadata=metadata or {"format": "pt"})
-    index = source.folder / "model.safetensors.index.json"
+    index = source.folder / INDEX_NAME
     if index.is_file():
         shutil.copyfile(index, out / index.name)
     config = {k: v for k, v in source.config.items() if k != "torch_dtype"}

@@ -23,7 +23,7 @@ from quantgate.variants.manifest import (
     verify,
     write_manifest,
 )
-from quantgate.variants.scheme import CALIBRATED_SCHEMES
+from quantgate.variants.scheme import CALIBRATED_SCHEMES, SCHEMES, scheme_in_config
 from quantgate.variants.source import SourceModel
 
 _TOOLS = {
@@ -126,7 +126,8 @@ def adopt_variant(folder: Path, *, name: str, scheme: str) -> Variant:
     """Takes an artifact that the user brought; its own manifest is checked if it has one.
 
     Raises:
-        ArtifactError: not a model folder, pickle weights, or bytes that differ from its manifest.
+        ArtifactError: not a model folder, pickle weights, bytes that differ from its manifest, or
+            another scheme than the policy names.
     """
     if not (folder / "config.json").is_file():
         raise ArtifactError(f"{folder}: no config.json; expected a folder of safetensors.")
@@ -135,14 +136,19 @@ def adopt_variant(folder: Path, *, name: str, scheme: str) -> Variant:
     if (folder / "variant.json").exists():
         manifest = read_manifest(folder)
         verify(folder, manifest)
-        if manifest.scheme != scheme:
-            raise ArtifactError(
-                f"{folder}: its variant.json says {manifest.scheme}, the policy says {scheme}. "
-                f"Write: scheme: {manifest.scheme}."
-            )
+        _check_scheme(folder, "variant.json", found=manifest.scheme, expected=scheme)
     else:
+        _check_scheme(folder, "config.json", found=scheme_in_config(folder), expected=scheme)
         manifest = VariantManifest(scheme=scheme, files=digest_files(folder), source_sha256=None)
     return Variant(name=name, folder=folder, manifest=manifest, is_reused=True)
+
+
+def _check_scheme(folder: Path, where: str, *, found: str, expected: str) -> None:
+    if found != expected:
+        advice = f" Write: scheme: {found}." if found in SCHEMES else ""
+        raise ArtifactError(
+            f"{folder}: its {where} says {found}, the policy says {expected}.{advice}"
+        )
 
 
 def _tool_versions(scheme: str) -> dict[str, str]:

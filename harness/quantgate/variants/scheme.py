@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantgate.files import read_json
 from quantgate.variants.source import SourceModel
 
 SCHEMES = ("bf16", "int8-bnb", "int8-gptq", "int4-nf4", "int4-gptq")
@@ -31,6 +32,24 @@ class BuildNotes:
     """What the tool said while building: kept in variant.json."""
 
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def scheme_in_config(folder: Path) -> str:
+    """The scheme that config.json's `quantization_config` describes; none at all means `bf16`.
+
+    What no scheme here describes is returned in the config's own words, such as `awq, 4 bits`.
+    """
+    settings = read_json(folder / "config.json").get("quantization_config")
+    if not settings:
+        return "bf16"
+    match settings:
+        case {"quant_method": "bitsandbytes", "load_in_8bit": True}:
+            return "int8-bnb"
+        case {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}:
+            return "int4-nf4"
+        case {"quant_method": "gptq", "bits": 4 | 8 as bits}:
+            return f"int{bits}-gptq"
+    return f"{settings.get('quant_method', 'unknown')}, {settings.get('bits', 'unknown')} bits"
 
 
 def copy_sidecars(source: SourceModel, out: Path) -> None:

@@ -15,6 +15,7 @@ from quantgate.errors import SourceError
 from quantgate.files import sha256_of_file, sha256_of_files
 
 DEMO_MODEL = "demo"
+INDEX_NAME = "model.safetensors.index.json"
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -49,7 +50,7 @@ class SourceModel:
 
     @property
     def weight_files(self) -> list[Path]:
-        return sorted(self.folder.glob("*.safetensors"))
+        return weight_files(self.folder)
 
     @property
     def sidecars(self) -> list[Path]:
@@ -78,7 +79,7 @@ def open_source(model: str) -> SourceModel:
         )
     names = ["config.json", *_SIDECAR_FILES]
     paths = [folder / name for name in names if (folder / name).is_file()]
-    paths += sorted(folder.glob("*.safetensors"))
+    paths += weight_files(folder)
     files = {path.name: sha256_of_file(path) for path in paths}
     return SourceModel(name=_name(model), folder=folder, config=config, files=files)
 
@@ -90,9 +91,33 @@ def demo_folder() -> Path:
 
 def count_parameters(folder: Path) -> int:
     """Parameters stored in a folder of safetensors, read from the headers alone."""
-    return sum(
-        prod(entry["shape"]) for path in folder.glob("*.safetensors") for entry in _tensors(path)
-    )
+    return sum(prod(entry["shape"]) for path in weight_files(folder) for entry in _tensors(path))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would load: those of the index, else model.safetensors, else all.
+
+    A repository may carry the same weights a second time in another layout
+    (consolidated.safetensors), which nobody here loads.
+
+    Raises:
+        SourceError: the index is broken, or names a file that is not there.
+    """
+    index = folder / INDEX_NAME
+    if index.is_file():
+        shards = _read_json_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
+            raise SourceError(f"{index}: no weight_map from tensors to files. Copy it again.")
+        paths = [folder / name for name in sorted(set(shards.values()))]
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise SourceError(
+                f"{index}: names {', '.join(missing[:3])}, which the folder does not hold. "
+                "Copy the missing files."
+            )
+        return paths
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def _tensors(path: Path) -> list[dict[str, Any]]:

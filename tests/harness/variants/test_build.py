@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,32 @@ def test_a_built_folder_is_adopted_with_its_own_manifest(
     (built.folder / "extra.txt").write_text("x", encoding="utf-8")
     with pytest.raises(ArtifactError, match=r"extra\.txt \(added\)"):
         adopt_variant(built.folder, name="b", scheme="bf16")
+
+
+@pytest.mark.parametrize(
+    ("settings", "scheme"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8-bnb"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+            "int4-nf4",
+        ),
+        ({"quant_method": "gptq", "bits": 4}, "int4-gptq"),
+        ({"quant_method": "gptq", "bits": 8}, "int8-gptq"),
+        ({"quant_method": "gptq", "bits": 3}, "gptq, 3 bits"),
+        ({"quant_method": "awq", "bits": 4}, "awq, 4 bits"),
+    ],
+)
+def test_a_folder_from_elsewhere_must_hold_the_scheme_that_the_policy_names(
+    model_folder: Path, settings: dict[str, Any], scheme: str
+) -> None:
+    config = model_folder / "config.json"
+    value = json.loads(config.read_text(encoding="utf-8")) | {"quantization_config": settings}
+    config.write_text(json.dumps(value), encoding="utf-8")
+    if scheme in SCHEMES:
+        assert adopt_variant(model_folder, name="mine", scheme=scheme).manifest.scheme == scheme
+    with pytest.raises(ArtifactError, match=rf"config\.json says {scheme}, the policy says bf16"):
+        adopt_variant(model_folder, name="mine", scheme="bf16")
 
 
 def unlink_config(folder: Path) -> None:

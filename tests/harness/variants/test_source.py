@@ -133,3 +133,23 @@ def test_parameters_are_counted_from_the_headers(model_folder: Path) -> None:
 
     model = transformers.AutoModelForCausalLM.from_pretrained(model_folder)
     assert count_parameters(model_folder) == model.num_parameters()
+
+
+def test_weights_that_a_repository_carries_twice_are_taken_once(model_folder: Path) -> None:
+    source = open_source(str(model_folder))
+    weights = model_folder / "model.safetensors"
+    (model_folder / "consolidated.safetensors").write_bytes(weights.read_bytes())
+    again = open_source(str(model_folder))
+    assert again.weight_files == [weights]
+    assert again.sha256 == source.sha256
+
+
+def test_an_index_names_the_weights_and_what_it_names_must_be_there(model_folder: Path) -> None:
+    (model_folder / "model.safetensors").rename(model_folder / "a.safetensors")
+    index = model_folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"x": "a.safetensors"}}', encoding="utf-8")
+    assert open_source(str(model_folder)).weight_files == [model_folder / "a.safetensors"]
+    index.write_text('{"weight_map": {"x": "b.safetensors"}}', encoding="utf-8")
+    assert "names b.safetensors, which the folder does not hold" in refusal(model_folder)
+    index.write_text('{"weight_map": []}', encoding="utf-8")
+    assert "no weight_map" in refusal(model_folder)
