@@ -48,7 +48,7 @@ class Admission:
         """
         for request in requests:
             self._check_size(request.num_prompt, request.params.max_tokens)
-        tokens = sum(_cost(request) for request in requests)
+        tokens = sum(request.cost for request in requests)
         with self._lock:
             self._check_room(len(requests), tokens)
             self.num_requests += len(requests)
@@ -58,7 +58,7 @@ class Admission:
         """The request is computed now, or will never be."""
         with self._lock:
             self.num_requests -= 1
-            self.num_tokens -= _cost(request)
+            self.num_tokens -= request.cost
 
     def _check_size(self, num_prompt: int, max_tokens: int) -> None:
         limits = self.limits
@@ -91,7 +91,3 @@ class Admission:
                 reason="queued_tokens",
                 retry_after_s=1,
             )
-
-
-def _cost(request: Request) -> int:
-    return request.num_prompt + request.params.max_tokens

@@ -21,6 +21,14 @@ class RequestState(enum.Enum):
     FINISHED = "finished"
 
 
+class Priority(enum.IntEnum):
+    """How urgent a request is; the smaller goes first."""
+
+    INTERACTIVE = 0
+    NORMAL = 1
+    BULK = 2
+
+
 class FinishReason(enum.StrEnum):
     STOP = "stop"
     LENGTH = "length"
@@ -104,6 +112,11 @@ class Request:
     # Streaming requests are heard after every step, the others once, at their end.
     is_streaming: bool = False
     text: TextStream | None = None
+    priority: Priority = Priority.NORMAL
+    # Who asks: shares inside a class are per tenant, and so are prefixes. Set from the API key.
+    tenant: str = ""
+    # When the answer is of no use any more, on the clock of perf_counter_ns; None never is.
+    deadline_ns: int | None = None
     cache_root: str = DEFAULT_ROOT
     id: int = field(default_factory=lambda: next(_ids))
     state: RequestState = RequestState.WAITING
@@ -130,6 +143,11 @@ class Request:
     @property
     def num_prompt(self) -> int:
         return len(self.prompt_ids)
+
+    @property
+    def cost(self) -> int:
+        """Tokens that it may take to compute, prompt and output: what queues are counted in."""
+        return len(self.prompt_ids) + self.params.max_tokens
 
     @property
     def output_ids(self) -> list[int]:
