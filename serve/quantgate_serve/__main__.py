@@ -68,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         vocab_size=loaded.vocab_size,
         eos_ids=loaded.eos_ids,
         max_body_bytes=settings.max_body_bytes,
+        metrics_compat=settings.metrics_compat,
     )
     config = uvicorn.Config(
         build_app(service),
@@ -140,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="reuse the KV pages of known prefixes (default on)",
     )
+    parser.add_argument("--metrics-compat", choices=["vllm"], help="also export vLLM's names")
     return parser
 
 

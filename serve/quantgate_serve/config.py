@@ -38,6 +38,8 @@ class ServerSettings(BaseModel):
     drain_timeout_s: float = Field(default=20.0, ge=0)
     served_model_name: str | None = None
     prefix_cache: bool = True
+    # Also export the metrics that vLLM has under vLLM's own names.
+    metrics_compat: Literal["vllm"] | None = None
 
     @property
     def model_name(self) -> str:

@@ -5,17 +5,19 @@ Other threads hand in requests and aborts; results leave in one batch per step t
 
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from time import perf_counter_ns
 
 import torch
 
 from quantgate_serve.admission import Admission, AdmissionLimits, QueueFullError
-from quantgate_serve.metrics import Metrics
+from quantgate_serve.memory import read_memory
+from quantgate_serve.metrics import EngineMetrics, FrontMetrics
 from quantgate_serve.request import (
     Delta,
     FinishReason,
+    Priority,
     Request,
     RequestError,
     RequestState,
@@ -27,6 +29,9 @@ from quantgate_serve.scheduler import Chunk, Scheduler
 _log = logging.getLogger(__name__)
 Deliver = Callable[[list[Delta]], None]
 
+# While there is work the gauges are renewed this often: reading them walks the queue.
+_GAUGES_EVERY_NS = 20_000_000
+
 
 class EngineStoppedError(Exception):
     """The engine has ended; nothing will be computed any more."""
@@ -36,12 +41,20 @@ class Engine:
     """Requests in, tokens out."""
 
     def __init__(
-        self, runner: Runner, scheduler: Scheduler, metrics: Metrics, *, limits: AdmissionLimits
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        metrics: EngineMetrics,
+        *,
+        limits: AdmissionLimits,
+        device: torch.device,
     ) -> None:
         self.limits = limits
         self.metrics = metrics
+        self.front = FrontMetrics()
         self.deliver: Deliver = call_listeners
         self._runner = runner
+        self._device = device
         self._scheduler = scheduler
         self._inbox: deque[Request] = deque()
         self._aborts: deque[Request] = deque()
@@ -52,6 +65,7 @@ class Engine:
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
+        self._gauged_ns = 0
         self.is_warm = False
         # What ended the engine, if it did not end by stop().
         self.failure: Exception | None = None
@@ -72,7 +86,7 @@ class Engine:
             try:
                 self._admission.enter(requests)
             except QueueFullError as error:
-                self.metrics.rejections[error.reason] += 1
+                self.front.rejections[error.reason] += 1
                 raise
             self._inbox.extend(requests)
         self._wake.set()
@@ -130,6 +144,7 @@ class Engine:
                             self._scheduler.finish(request, FinishReason.LENGTH)
         if self._scheduler.prefix_cache is not None:
             self._scheduler.prefix_cache.clear()
+        self.update_gauges()
         self.is_warm = True
 
     def _loop(self) -> None:
@@ -173,7 +188,7 @@ class Engine:
             if request.scheduled_ns == 0:
                 request.scheduled_ns = now
                 self._admission.leave(request)
-                self.metrics.queue_time_s.observe((now - request.arrived_ns) / 1e9)
+                self.metrics.observe_wait(request.priority.label, (now - request.arrived_ns) / 1e9)
                 self.metrics.prompt_tokens += request.num_prompt
         return plan
 
@@ -190,6 +205,7 @@ class Engine:
         self.metrics.step_s.observe((perf_counter_ns() - started) / 1e9)
         self.metrics.step_tokens.observe(sum(chunk.length for chunk in plan))
         self.metrics.batch_size.observe(len(plan))
+        self.metrics.batch_fill.observe(len(plan) / self._scheduler.max_batch_size)
         return results
 
     def _isolate(self, plan: list[Chunk], error: Exception) -> list[ChunkResult]:
@@ -259,7 +275,10 @@ class Engine:
         elif request.first_token_ns and reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.metrics.prefill_s.observe((request.first_token_ns - request.scheduled_ns) / 1e9)
             self.metrics.decode_s.observe((now - request.first_token_ns) / 1e9)
+            self.metrics.inference_s.observe((now - request.scheduled_ns) / 1e9)
             self.metrics.e2e_s.observe((now - request.arrived_ns) / 1e9)
+            self.metrics.request_prompt_tokens.observe(request.num_prompt)
+            self.metrics.request_generation_tokens.observe(request.num_output)
         self.metrics.finished[reason] += 1
         if request.text is not None:
             request.text.finish()
@@ -272,16 +291,27 @@ class Engine:
             request = result.chunk.request
             if request.is_streaming and result.token_id is not None and not request.is_finished:
                 deltas.append(Delta(request, request.num_output, _take_text(request), False))
-        self._update_gauges()
+        now = perf_counter_ns()
+        if now - self._gauged_ns >= _GAUGES_EVERY_NS or not self.has_work:
+            self._gauged_ns = now
+            self.update_gauges()
         if deltas:
             self.deliver(deltas)
 
-    def _update_gauges(self) -> None:
-        scheduler, metrics = self._scheduler, self.metrics
-        metrics.num_running = len(scheduler.running)
-        metrics.num_waiting = len(scheduler.waiting) + len(self._inbox)
-        metrics.queued_tokens = self._admission.num_tokens
-        metrics.kv_usage = scheduler.pool.num_used / scheduler.pool.num_pages
+    def update_gauges(self) -> None:
+        """Note what the engine looks like now; each counter that others keep is read, too."""
+        scheduler, metrics, now = self._scheduler, self.metrics, self.metrics.now
+        now.num_running = len(scheduler.running)
+        depths = Counter(request.priority for request in (*scheduler.waiting, *self._inbox))
+        now.num_waiting = {priority.label: depths[priority] for priority in Priority}
+        now.queued_tokens = self._admission.num_tokens
+        now.oldest_arrived_ns = min(
+            (request.arrived_ns for request in scheduler.waiting), default=None
+        )
+        now.kv_pages = scheduler.pool.num_pages
+        now.kv_pages_used = scheduler.pool.num_used
+        now.kv_pages_cached = scheduler.pool.num_cached
+        read_memory(now, self._device)
         metrics.preemptions = scheduler.num_preemptions
         if scheduler.prefix_cache is not None:
             metrics.prefix_queries = scheduler.prefix_cache.queried_tokens

@@ -1,158 +1,139 @@
-"""What the server counts, and how Prometheus reads it.
+"""What the server counts: plain numbers, updated without a lock by the one thread that owns them.
 
-Counts are plain numbers that the engine thread updates (an observation costs a bisection, no lock);
-a collector turns them into metric families on a scrape. Suffixes, types and buckets follow vLLM.
+`EngineMetrics` belongs to the thread that steps the engine, `FrontMetrics` to the event loop. Both
+pickle, so that a snapshot can travel; `families.py` says what each number is called outside.
+None means that the thing counted does not exist here (no prefix cache, no CUDA): absent, never 0.
 """
 
-import resource
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any
 
-import torch
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
-
-PREFIX = "quantgate_"
-_WAIT_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
-_STEP_S = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-_E2E_S = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0)
-_COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0)
+# Fine enough to see an admission window of 5 to 50 ms; vLLM's first bucket is 300 ms.
+WAIT_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
+STEP_S = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+E2E_S = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0)
+TEXT_S = (0.00002, 0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0)
+COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0)
+TOKENS = tuple(float(m * 10**e) for e in range(5) for m in (1, 2, 5))
+RATIO = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
+@dataclass(slots=True)
 class Histogram:
-    """Bucket counts and a sum."""
+    """Bucket counts and a sum. An observation is a bisection."""
 
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
+    bounds: tuple[float, ...]
+    counts: list[int] = field(init=False)
+    sum: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds) + 1)
 
     def observe(self, value: float, count: int = 1) -> None:
         self.counts[bisect_left(self.bounds, value)] += count
         self.sum += value * count
 
-
-class Metrics:
-    """All counts of one server, and its registry."""
-
-    def __init__(self, model_name: str) -> None:
-        self._model_name = model_name
-        self.num_running = 0
-        self.num_waiting = 0
-        self.queued_tokens = 0
-        self.kv_usage = 0.0
-        self.prompt_tokens = 0
-        self.generation_tokens = 0
-        self.prefix_queries = 0
-        self.prefix_hits = 0
-        self.preemptions = 0
-        self.oom = 0
-        self.oom_retry = 0
-        self.step_errors = 0
-        self.finished: Counter[str] = Counter()
-        self.rejections: Counter[str] = Counter()
-        self.queue_time_s = Histogram(_WAIT_S)
-        self.ttft_s = Histogram(_WAIT_S)
-        self.inter_token_s = Histogram(_STEP_S)
-        self.e2e_s = Histogram(_E2E_S)
-        self.prefill_s = Histogram(_WAIT_S)
-        self.decode_s = Histogram(_E2E_S)
-        self.tokenize_s = Histogram(_WAIT_S)
-        self.step_s = Histogram(_STEP_S)
-        self.step_tokens = Histogram(_COUNTS)
-        self.batch_size = Histogram(_COUNTS)
-        self.weight_bytes = 0
-        self.kv_bytes = 0
-        self.peak_memory_bytes: Callable[[], int] = peak_resident_bytes
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
-
-    def render(self) -> bytes:
-        """The text that Prometheus scrapes."""
-        return generate_latest(self._registry)
-
-    def collect(self) -> Iterator[Metric]:
-        yield from self._gauges()
-        yield from self._counters()
-        yield from self._histograms()
-
-    def _gauges(self) -> Iterator[Metric]:
-        for name, text, value in (
-            ("num_requests_running", "Requests in the batch.", self.num_running),
-            ("num_requests_waiting", "Requests in the queue.", self.num_waiting),
-            (
-                "queued_tokens",
-                "Prompt and output tokens asked for in the queue.",
-                self.queued_tokens,
-            ),
-            ("kv_cache_usage_perc", "Used KV pages, 1 is all.", self.kv_usage),
-            ("peak_memory_bytes", "Most memory held since the start.", self.peak_memory_bytes()),
-            ("weight_bytes", "Bytes of the loaded weights.", self.weight_bytes),
-            ("kv_cache_bytes", "Bytes of the KV pages.", self.kv_bytes),
-        ):
-            gauge = GaugeMetricFamily(PREFIX + name, text, labels=["model_name"])
-            gauge.add_metric([self._model_name], value)
-            yield gauge
-
-    def _counters(self) -> Iterator[Metric]:
-        for name, text, value in (
-            ("prompt_tokens", "Prompt tokens computed or reused.", self.prompt_tokens),
-            ("generation_tokens", "Tokens produced.", self.generation_tokens),
-            ("prefix_cache_queries", "Tokens looked up in the prefix cache.", self.prefix_queries),
-            ("prefix_cache_hits", "Tokens found in the prefix cache.", self.prefix_hits),
-            ("num_preemptions", "Requests that gave up their pages.", self.preemptions),
-            ("oom", "Steps that ran out of memory.", self.oom),
-            ("oom_retry", "Steps repeated in halves after running out of memory.", self.oom_retry),
-            ("step_errors", "Steps that failed for another reason.", self.step_errors),
-        ):
-            counter = CounterMetricFamily(PREFIX + name, text, labels=["model_name"])
-            counter.add_metric([self._model_name], value)
-            yield counter
-        for name, text, label, counts in (
-            ("request_success", "Ended requests.", "finished_reason", self.finished),
-            ("admission_rejections", "Refused requests.", "reason", self.rejections),
-        ):
-            counter = CounterMetricFamily(PREFIX + name, text, labels=["model_name", label])
-            for key, value in sorted(counts.items()):
-                counter.add_metric([self._model_name, key], value)
-            yield counter
-
-    def _histograms(self) -> Iterator[Metric]:
-        for name, text, histogram in (
-            ("request_queue_time_seconds", "Arrival to first scheduling.", self.queue_time_s),
-            ("time_to_first_token_seconds", "Arrival to first token.", self.ttft_s),
-            ("inter_token_latency_seconds", "Time between tokens.", self.inter_token_s),
-            ("e2e_request_latency_seconds", "Arrival to end.", self.e2e_s),
-            ("request_prefill_time_seconds", "First scheduling to first token.", self.prefill_s),
-            ("request_decode_time_seconds", "First token to end.", self.decode_s),
-            ("tokenize_seconds", "Text to tokens.", self.tokenize_s),
-            ("step_time_seconds", "Duration of a step.", self.step_s),
-            ("iteration_tokens_total", "Tokens computed in a step.", self.step_tokens),
-            ("batch_size", "Requests in a step.", self.batch_size),
-        ):
-            total = 0
-            buckets = []
-            for bound, count in zip(
-                (*histogram.bounds, float("inf")), histogram.counts, strict=True
-            ):
-                total += count
-                buckets.append(("+Inf" if bound == float("inf") else str(bound), float(total)))
-            family = HistogramMetricFamily(PREFIX + name, text, labels=["model_name"])
-            family.add_metric([self._model_name], buckets, histogram.sum)
-            yield family
+    def add(self, other: "Histogram") -> None:
+        """Count what `other` has counted, too."""
+        self.counts = [mine + more for mine, more in zip(self.counts, other.counts, strict=True)]
+        self.sum += other.sum
 
 
-def peak_resident_bytes() -> int:
-    """Most resident memory of this process (Linux counts it in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+_waits = partial(Histogram, WAIT_S)
+_steps = partial(Histogram, STEP_S)
+_lives = partial(Histogram, E2E_S)
+_texts = partial(Histogram, TEXT_S)
+_counts = partial(Histogram, COUNTS)
+_tokens = partial(Histogram, TOKENS)
+_ratios = partial(Histogram, RATIO)
 
 
-def peak_device_bytes(device: torch.device) -> int:
-    """Most memory that torch has reserved on a CUDA device."""
-    return int(torch.cuda.max_memory_reserved(device))
+@dataclass(slots=True)
+class EngineGauges:
+    """What the engine looks like at one moment."""
+
+    num_running: int = 0
+    num_waiting: dict[str, int] = field(default_factory=dict)  # by priority
+    queued_tokens: int = 0
+    # perf_counter_ns is one clock for all processes of a machine, so a reader can tell the age.
+    oldest_arrived_ns: int | None = None
+    kv_pages: int = 0
+    kv_pages_used: int = 0
+    # Held by the prefix cache alone: free for whoever needs them.
+    kv_pages_cached: int = 0
+    weight_bytes: int = 0
+    kv_bytes: int = 0
+    peak_memory_bytes: int = 0
+    cuda_alloc_retries: int | None = None
+    cuda_ooms: int | None = None
+
+
+@dataclass(slots=True)
+class EngineMetrics:
+    """Everything counted since the engine's start, and `now`. Each field but `now` only grows."""
+
+    now: EngineGauges = field(default_factory=EngineGauges)
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int | None = None
+    prefix_hits: int | None = None
+    preemptions: int = 0
+    oom: int = 0
+    oom_retry: int = 0
+    step_errors: int = 0
+    finished: Counter[str] = field(default_factory=Counter)  # by reason
+    queue_time_s: dict[str, Histogram] = field(default_factory=dict)  # by priority
+    ttft_s: Histogram = field(default_factory=_waits)
+    inter_token_s: Histogram = field(default_factory=_steps)
+    e2e_s: Histogram = field(default_factory=_lives)
+    prefill_s: Histogram = field(default_factory=_waits)
+    decode_s: Histogram = field(default_factory=_lives)
+    inference_s: Histogram = field(default_factory=_lives)
+    request_prompt_tokens: Histogram = field(default_factory=_tokens)
+    request_generation_tokens: Histogram = field(default_factory=_tokens)
+    step_s: Histogram = field(default_factory=_steps)
+    step_tokens: Histogram = field(default_factory=_counts)
+    batch_size: Histogram = field(default_factory=_counts)
+    batch_fill: Histogram = field(default_factory=_ratios)
+
+    def observe_wait(self, priority: str, seconds: float) -> None:
+        """A request of `priority` was scheduled for the first time."""
+        histogram = self.queue_time_s.get(priority)
+        if histogram is None:
+            histogram = self.queue_time_s[priority] = Histogram(WAIT_S)
+        histogram.observe(seconds)
+
+    def add(self, other: "EngineMetrics") -> None:
+        """Count what `other`, an earlier engine of this server, has counted; `now` stays."""
+        for item in fields(self):
+            if item.name != "now":
+                mine, more = getattr(self, item.name), getattr(other, item.name)
+                setattr(self, item.name, _sum(mine, more))
+
+
+@dataclass(slots=True)
+class FrontMetrics:
+    """What happens to requests outside the engine."""
+
+    engine_restarts: int = 0
+    rejections: Counter[str] = field(default_factory=Counter)  # by reason
+    tokenize_s: Histogram = field(default_factory=_texts)
+
+
+def _sum(mine: Any, more: Any) -> Any:
+    if mine is None or more is None:
+        return more if mine is None else mine
+    if isinstance(mine, Histogram):
+        mine.add(more)
+        return mine
+    if isinstance(mine, Counter):
+        mine.update(more)
+        return mine
+    if isinstance(mine, dict):
+        return {
+            key: _sum(mine.get(key), more.get(key)) for key in sorted(mine.keys() | more.keys())
+        }
+    return mine + more

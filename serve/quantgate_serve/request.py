@@ -28,6 +28,11 @@ class Priority(enum.IntEnum):
     NORMAL = 1
     BULK = 2
 
+    @property
+    def label(self) -> str:
+        """Its word in requests and metrics."""
+        return self.name.lower()
+
 
 class FinishReason(enum.StrEnum):
     STOP = "stop"

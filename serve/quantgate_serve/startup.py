@@ -14,7 +14,7 @@ from quantgate_serve.kv.pool import PAGE_SIZE, PagePool
 from quantgate_serve.kv.prefix import PrefixCache
 from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.loading import LoadedModel, UnsupportedModelError, load
-from quantgate_serve.metrics import Metrics, peak_device_bytes
+from quantgate_serve.metrics import EngineMetrics
 from quantgate_serve.runner import Runner
 from quantgate_serve.scheduler import Scheduler
 
@@ -43,18 +43,20 @@ def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:
         max_batched_tokens=settings.max_batched_tokens,
         prefix_cache=PrefixCache(pool) if settings.prefix_cache else None,
     )
-    metrics = Metrics(settings.model_name)
-    metrics.weight_bytes = loaded.weight_bytes
-    metrics.kv_bytes = storage.num_bytes
-    if loaded.device.type == "cuda":
-        metrics.peak_memory_bytes = lambda: peak_device_bytes(loaded.device)
+    metrics = EngineMetrics()
+    metrics.now.weight_bytes = loaded.weight_bytes
+    metrics.now.kv_bytes = storage.num_bytes
     limits = AdmissionLimits(
         context_length=loaded.context_length,
         max_request_tokens=min(loaded.context_length, pool.num_pages * PAGE_SIZE),
         max_queued_requests=settings.max_queued_requests,
         max_queued_tokens=settings.max_queued_tokens,
     )
-    return Engine(Runner(loaded, storage), scheduler, metrics, limits=limits)
+    engine = Engine(
+        Runner(loaded, storage), scheduler, metrics, limits=limits, device=loaded.device
+    )
+    engine.update_gauges()
+    return engine
 
 
 def choose_kv_tokens(loaded: LoadedModel, settings: ServerSettings) -> int:

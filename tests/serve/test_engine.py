@@ -344,7 +344,7 @@ def test_a_full_queue_refuses_by_requests_and_by_tokens(
     engine.submit([make_request([2] * 40, max_tokens=40)])
     with pytest.raises(QueueFullError, match="80 tokens are queued"):
         engine.submit([make_request([2])])
-    assert engine.metrics.rejections == {"queued_tokens": 1}
+    assert engine.front.rejections == {"queued_tokens": 1}
 
 
 def test_an_exhausted_engine_holds_no_queue_and_no_page(

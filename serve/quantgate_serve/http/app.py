@@ -11,8 +11,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from quantgate_serve import exposition
 from quantgate_serve.detokenize import TextStream
 from quantgate_serve.engine import Engine
+from quantgate_serve.exposition import Exposition
 from quantgate_serve.http import exchange, responses, sse
 from quantgate_serve.http.errors import ApiError
 from quantgate_serve.http.protocol import (
@@ -28,8 +30,6 @@ from quantgate_serve.http.protocol import (
 from quantgate_serve.request import Request
 from quantgate_serve.vocabulary import ChatTemplateError, Vocabulary
 
-METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
 
 class Service:
     """What the routes share: one engine, one vocabulary, one name."""
@@ -43,6 +43,7 @@ class Service:
         vocab_size: int,
         eos_ids: frozenset[int],
         max_body_bytes: int,
+        metrics_compat: str | None = None,
     ) -> None:
         self.engine = engine
         self.vocabulary = vocabulary
@@ -50,6 +51,9 @@ class Service:
         self.vocab_size = vocab_size
         self.eos_ids = eos_ids
         self.max_body_bytes = max_body_bytes
+        self.exposition = Exposition(
+            model_name, lambda: engine.metrics, engine.front, also_vllm=metrics_compat == "vllm"
+        )
         self.is_draining = False
         self.created_s = responses.now_s()
         # Tokenising is done here, so that a long prompt does not hold up the event loop.
@@ -68,7 +72,7 @@ class Service:
             return [encode(text, add_special_tokens=add_special_tokens) for text in texts]
 
         found = await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, work)
-        self.engine.metrics.tokenize_s.observe(perf_counter() - started)
+        self.engine.front.tokenize_s.observe(perf_counter() - started)
         for ids in found:
             check_token_ids(ids, param="prompt", vocab_size=self.vocab_size)
         return found
@@ -157,7 +161,9 @@ def build_app(service: Service) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.engine.metrics.render(), media_type=METRICS_CONTENT_TYPE)
+        # In a thread: some milliseconds of formatting would hold up every stream.
+        text = await asyncio.to_thread(service.exposition.render)
+        return Response(text, media_type=exposition.CONTENT_TYPE)
 
     @app.get("/v1/models")
     async def models() -> Response:

@@ -25,6 +25,9 @@ class PagePool:
         self.page_size = page_size
         self._free = list(range(num_pages - 1, -1, -1))
         self._references = [0] * num_pages
+        self._is_cached = bytearray(num_pages)
+        # Pages whose only reference is the prefix cache's: used, but free for whoever needs them.
+        self.num_cached = 0
 
     @property
     def num_free(self) -> int:
@@ -59,6 +62,7 @@ class PagePool:
         for page in pages:
             if self._references[page] == 0:
                 raise PageIntegrityError(f"page {page} is free and cannot be shared")
+            self.num_cached -= self._is_cached[page] and self._references[page] == 1
             self._references[page] += 1
 
     def release(self, pages: Sequence[int]) -> None:
@@ -70,6 +74,19 @@ class PagePool:
             self._references[page] = count - 1
             if count == 1:
                 self._free.append(page)
+            elif count == 2:
+                self.num_cached += self._is_cached[page]
+
+    def retain_cached(self, page: int) -> None:
+        """Add the prefix cache's reference, of which a page has one at most."""
+        self.retain((page,))
+        self._is_cached[page] = True
+
+    def release_cached(self, page: int) -> None:
+        """Drop the prefix cache's reference."""
+        self.num_cached -= self._references[page] == 1
+        self._is_cached[page] = False
+        self.release((page,))
 
     def references(self, page: int) -> int:
         return self._references[page]
@@ -86,6 +103,15 @@ class PagePool:
             if len(set(pages)) != len(pages):
                 raise PageIntegrityError(f"one holder has a page twice: {list(pages)}")
             held.update(pages)
+        cached = sum(
+            self._references[page] == 1
+            for page, is_cached in enumerate(self._is_cached)
+            if is_cached
+        )
+        if cached != self.num_cached:
+            raise PageIntegrityError(
+                f"{self.num_cached} pages count as held by the cache alone, {cached} are"
+            )
         free = set(self._free)
         if len(free) != len(self._free):
             raise PageIntegrityError("a page is in the free list twice")

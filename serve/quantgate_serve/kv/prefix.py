@@ -70,7 +70,7 @@ class PrefixCache:
             if child is None:
                 child = _Node(node, key, pages[index])
                 node.children[key] = child
-                self._pool.retain((child.page,))
+                self._pool.retain_cached(child.page)
             path.append(child)
             node = child
         self._touch(path)
@@ -89,7 +89,8 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forget everything (the weights changed, or a test wants a cold start)."""
-        self._pool.release([node.page for node in self._by_use])
+        for node in self._by_use:
+            self._pool.release_cached(node.page)
         self._by_use.clear()
         self._roots.clear()
 
@@ -114,4 +115,4 @@ class PrefixCache:
         if node.parent is not None:
             del node.parent.children[node.key]
         del self._by_use[node]
-        self._pool.release((node.page,))
+        self._pool.release_cached(node.page)

@@ -1,0 +1,162 @@
+"""What a scrape of the server says, read back with Prometheus' own parser."""
+
+from collections.abc import Callable
+
+import pytest
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from quantgate_serve.engine import Engine
+from quantgate_serve.exposition import Exposition
+from quantgate_serve.families import FAMILIES, PREFIX
+from quantgate_serve.metrics import EngineMetrics, FrontMetrics
+from quantgate_serve.request import Request
+
+MakeRequest = Callable[..., Request]
+
+
+def scrape(
+    engine: EngineMetrics, front: FrontMetrics | None = None, *, also_vllm: bool = False
+) -> dict[str, Metric]:
+    made = Exposition("tiny", lambda: engine, front or FrontMetrics(), also_vllm=also_vllm)
+    return {
+        metric.name: metric for metric in text_string_to_metric_families(made.render().decode())
+    }
+
+
+def values(metric: Metric, suffix: str = "") -> dict[str, float]:
+    """The samples by their own label, "" where there is none."""
+    return {
+        "".join(v for k, v in sample.labels.items() if k not in ("model_name", "engine")): (
+            sample.value
+        )
+        for sample in metric.samples
+        if sample.name.endswith(suffix)
+    }
+
+
+@pytest.fixture(scope="module")
+def worked(
+    request: pytest.FixtureRequest,
+) -> EngineMetrics:
+    metrics = EngineMetrics(prefix_queries=10, prefix_hits=4)
+    metrics.now.num_waiting = {"interactive": 1, "bulk": 2}
+    metrics.observe_wait("interactive", 0.003)
+    metrics.observe_wait("bulk", 4.0)
+    metrics.now.kv_pages, metrics.now.kv_pages_used, metrics.now.kv_pages_cached = 10, 8, 5
+    metrics.finished["stop"] = 3
+    return metrics
+
+
+def test_every_family_has_a_name_of_its_own_and_a_type_that_fits_it() -> None:
+    names = [family.name for family in FAMILIES]
+    assert len(set(names)) == len(names)
+    for family in FAMILIES:
+        # iteration_tokens_total is a histogram in vLLM, too.
+        is_total = family.name.endswith("_total") and family.name != "iteration_tokens_total"
+        assert is_total == (family.kind == "counter"), family.name
+
+
+def test_a_scrape_has_each_family_that_exists_under_its_name_and_type(
+    worked: EngineMetrics,
+) -> None:
+    found = scrape(worked)
+    for family in FAMILIES:
+        name = PREFIX + family.name
+        metric = found.get(name.removesuffix("_total") if family.kind == "counter" else name)
+        if metric is None:
+            assert "CUDA only" in family.text, family.name
+        else:
+            assert metric.type == family.kind, family.name
+
+
+def test_depth_and_wait_are_told_by_priority(worked: EngineMetrics) -> None:
+    found = scrape(worked)
+    assert values(found["quantgate_num_requests_waiting"]) == {"interactive": 1, "bulk": 2}
+    counts = values(found["quantgate_request_queue_time_seconds"], "_count")
+    assert counts == {"interactive": 1, "bulk": 1}
+
+
+def test_reusable_cached_pages_do_not_count_as_used(worked: EngineMetrics) -> None:
+    found = scrape(worked)
+    assert values(found["quantgate_kv_cache_usage_perc"]) == {"": 0.3}
+    assert values(found["quantgate_kv_cache_cached_perc"]) == {"": 0.5}
+
+
+def test_what_does_not_exist_is_absent_not_0() -> None:
+    found = scrape(EngineMetrics())
+    assert "quantgate_prefix_cache_hits" not in found
+    assert "quantgate_cuda_ooms" not in found
+    assert "quantgate_kv_cache_usage_perc" not in found, "no pool, no share of it"
+    assert values(found["quantgate_oom"]) == {"": 0}, "no OOM was met: that is known"
+
+
+def test_the_oldest_wait_grows_while_the_engine_says_nothing() -> None:
+    metrics = EngineMetrics()
+    assert values(scrape(metrics)["quantgate_oldest_wait_seconds"]) == {"": 0}
+    metrics.now.oldest_arrived_ns = 1
+    first = values(scrape(metrics)["quantgate_oldest_wait_seconds"])[""]
+    assert 0 < first < values(scrape(metrics)["quantgate_oldest_wait_seconds"])[""]
+
+
+def test_vllm_names_are_exported_only_on_request_with_vllms_labels(worked: EngineMetrics) -> None:
+    assert not any(name.startswith("vllm:") for name in scrape(worked))
+    found = scrape(worked, also_vllm=True)
+    for metric in found.values():
+        for sample in metric.samples:
+            if sample.name.startswith("vllm:"):
+                assert (sample.labels["model_name"], sample.labels["engine"]) == ("tiny", "0")
+                assert "priority" not in sample.labels
+    assert values(found["vllm:num_requests_waiting"]) == {"": 3}
+    assert values(found["vllm:request_queue_time_seconds"], "_count") == {"": 2}
+    assert values(found["vllm:request_queue_time_seconds"], "_sum") == {"": 4.003}
+    assert values(found["vllm:request_success"]) == {"stop": 3}
+
+
+def test_the_names_of_vllm_are_vllms() -> None:
+    # From vllm/v1/metrics/loggers.py and vLLM's documentation of its metrics.
+    known = {
+        "num_requests_running",
+        "num_requests_waiting",
+        "kv_cache_usage_perc",
+        "prefix_cache_queries_total",
+        "prefix_cache_hits_total",
+        "num_preemptions_total",
+        "prompt_tokens_total",
+        "generation_tokens_total",
+        "request_success_total",
+        "admission_rejections_total",
+        "request_prompt_tokens",
+        "request_generation_tokens",
+        "iteration_tokens_total",
+        "time_to_first_token_seconds",
+        "inter_token_latency_seconds",
+        "e2e_request_latency_seconds",
+        "request_queue_time_seconds",
+        "request_inference_time_seconds",
+        "request_prefill_time_seconds",
+        "request_decode_time_seconds",
+    }
+    assert {family.name for family in FAMILIES if family.in_vllm} == known
+
+
+def test_an_engine_that_worked_has_told_every_layer(
+    make_engine: Callable[..., Engine],
+    make_request: MakeRequest,
+    prompts: Callable[[int], list[list[int]]],
+    run_all: Callable[[Engine, list[Request]], None],
+) -> None:
+    engine = make_engine()
+    run_all(engine, [make_request(prompt) for prompt in prompts(6)])
+    found = scrape(engine.metrics, engine.front)
+    assert values(found["quantgate_request_success"]) == {"length": 6}
+    assert values(found["quantgate_generation_tokens"]) == {"": 72}
+    assert values(found["quantgate_request_queue_time_seconds"], "_count") == {"normal": 6}
+    assert values(found["quantgate_num_requests_running"]) == {"": 0}
+    assert values(found["quantgate_kv_cache_usage_perc"]) == {"": 0}
+    assert values(found["quantgate_kv_cache_cached_perc"])[""] > 0
+    assert values(found["quantgate_peak_memory_bytes"])[""] > 1e6
+    fill = found["quantgate_batch_fill_ratio"]
+    steps = values(found["quantgate_step_time_seconds"], "_count")[""]
+    assert values(fill, "_count")[""] == steps
+    assert 0 < values(fill, "_sum")[""] <= steps
