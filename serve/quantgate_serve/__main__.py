@@ -48,7 +48,6 @@ def main(argv: list[str] | None = None) -> int:
     # Imported late, so that --help and a refused configuration do not wait for torch.
     import torch
 
-    from quantgate_serve.attention.interface import UnsupportedAttentionError
     from quantgate_serve.http.app import Service, build_app
     from quantgate_serve.loading import UnsupportedModelError
     from quantgate_serve.startup import build_engine, load_for_serving
@@ -109,8 +108,6 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.signal(signal.SIGINT, lambda *_: None)
     asyncio.run(Server(config).serve(sockets=[listener]))
-    if isinstance(engine.failure, UnsupportedAttentionError):
-        return _refuse(engine.failure)
     return 0 if engine.failure is None else 1
 
 
@@ -129,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="CPU threads for the model")
     parser.add_argument("--max-batch-size", type=int, help="requests computed at once")
     parser.add_argument("--max-batched-tokens", type=int, help="tokens computed in one step")
+    parser.add_argument("--max-context", type=int, help="longest sequence (default: the model's)")
     parser.add_argument("--kv-tokens", type=int, help="size of the KV cache in tokens")
     parser.add_argument("--max-queued-requests", type=int, help="beyond this, 429")
     parser.add_argument("--max-queued-tokens", type=int, help="beyond this, 429")

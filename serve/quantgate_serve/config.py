@@ -30,6 +30,8 @@ class ServerSettings(BaseModel):
     threads: int | None = Field(default=None, ge=1)
     max_batch_size: int = Field(default=64, ge=1)
     max_batched_tokens: int = Field(default=512, ge=1)
+    # None serves the model's whole context. A model with a sliding window needs at most its window.
+    max_context: int | None = Field(default=None, ge=1)
     # None sizes the pool from the context length, the batch size and the memory that is there.
     kv_tokens: int | None = Field(default=None, ge=16)
     max_queued_requests: int = Field(default=1024, ge=1)

@@ -3,7 +3,6 @@
 How the weights are quantized is read from config.json, never from a name.
 """
 
-import inspect
 import json
 import logging
 from dataclasses import dataclass
@@ -15,12 +14,16 @@ import torch
 import transformers
 from torch import nn
 
+from quantgate_serve.architecture import (
+    UnsupportedModelError,
+    check_config,
+    context_length_of,
+    probe,
+)
 from quantgate_serve.gptq import GptqFormatError, load_gptq
 from quantgate_serve.kv.storage import KVShape
 
-
-class UnsupportedModelError(Exception):
-    """The folder cannot be served; the message says why and what to do."""
+__all__ = ["LoadedModel", "UnsupportedModelError", "check_folder", "choose_device", "load"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +49,24 @@ class LoadedModel:
         )
 
 
-def load(folder: Path, *, device: str, dtype: str, attention: str) -> LoadedModel:
+def load(
+    folder: Path, *, device: str, dtype: str, attention: str, max_context: int | None = None
+) -> LoadedModel:
     """Load `folder` onto `device`.
 
     Args:
         device: `auto`, `cpu` or `cuda:N`.
         dtype: arithmetic, `auto` (FP32 on CPU, the variant's own on CUDA) or a torch name.
         attention: transformers' name of the attention to use.
+        max_context: serve no longer sequences than this; None serves the model's whole context.
 
     Raises:
         UnsupportedModelError: the folder is not something this server can serve.
     """
     check_folder(folder)
     config = _read_config(folder)
+    context_length = context_length_of(folder, config, limit=max_context)
+    check_config(folder, config, context_length=context_length)
     chosen_device = choose_device(device)
     chosen_dtype = _choose_dtype(dtype, chosen_device, config)
     quantization = _quantization_of(config)
@@ -71,17 +79,18 @@ def load(folder: Path, *, device: str, dtype: str, attention: str) -> LoadedMode
         dtype=chosen_dtype,
         attention=attention,
     )
-    text_config = config.get_text_config()
-    _check_forward(model)
+    layout = probe(folder, model)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         folder=folder,
         device=chosen_device,
         dtype=chosen_dtype,
-        kv_shape=_kv_shape(text_config, chosen_dtype),
-        context_length=int(text_config.max_position_embeddings),
-        vocab_size=int(text_config.vocab_size),
+        kv_shape=KVShape(
+            layout.num_layers, layout.num_kv_heads, layout.head_dim, dtype=chosen_dtype
+        ),
+        context_length=context_length,
+        vocab_size=int(config.get_text_config().vocab_size),
         eos_ids=_eos_ids(model, tokenizer),
         quantization=quantization,
     )
@@ -129,70 +138,7 @@ def _read_config(folder: Path) -> Any:
             f"{folder}/config.json: transformers {transformers.__version__} does not know "
             f"model_type {raw.get('model_type')!r} ({error}). Use a model that it implements."
         ) from error
-    _check_architecture(folder, config)
     return config
-
-
-def _check_architecture(folder: Path, config: Any) -> None:
-    text = config.get_text_config()
-    if config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"{folder} is an encoder-decoder model ({config.model_type}). "
-            "Serve a decoder-only model."
-        )
-    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
-        raise UnsupportedModelError(
-            f"{folder} is not a causal language model ({config.model_type}). "
-            "Serve a model that AutoModelForCausalLM can load."
-        )
-    architectures = config.architectures or []
-    if architectures and not any(
-        name.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration"))
-        for name in architectures
-    ):
-        raise UnsupportedModelError(
-            f"{folder} holds {architectures[0]}, which is not a causal language model. "
-            "Serve a model whose config.json names an architecture ending in ForCausalLM."
-        )
-    context = int(getattr(text, "max_position_embeddings", 0) or 0)
-    if context <= 0:
-        raise UnsupportedModelError(
-            f"{folder} states no max_position_embeddings, so it has no known context length. "
-            "Add it to config.json."
-        )
-    window = getattr(text, "sliding_window", None)
-    layer_types = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if (window is not None and window < context and layer_types != {"full_attention"}) or (
-        window is not None and window < context and not getattr(text, "layer_types", None)
-    ):
-        raise UnsupportedModelError(
-            f"{folder} uses sliding-window attention (window {window}), which the paged "
-            "cache does not have yet. Serve a full-attention model."
-        )
-    other = layer_types - {"full_attention", "sliding_attention"}
-    if other:
-        raise UnsupportedModelError(
-            f"{folder} has layers of type {sorted(other)}, which the paged cache does not have. "
-            "Serve a full-attention model."
-        )
-    if getattr(text, "kv_lora_rank", None):
-        raise UnsupportedModelError(
-            f"{folder} uses multi-head latent attention (kv_lora_rank {text.kv_lora_rank}), which "
-            "the paged cache does not have yet. Serve a full-attention model."
-        )
-    if getattr(text, "attn_logit_softcapping", None):
-        raise UnsupportedModelError(
-            f"{folder} caps its attention scores (attn_logit_softcapping "
-            f"{text.attn_logit_softcapping}), which the paged attention does not have yet. "
-            "Serve a model without it."
-        )
-    rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        raise UnsupportedModelError(
-            f"{folder} uses {rope['rope_type']!r} rotary positions, which depend on the longest "
-            "sequence of a batch, so requests would depend on each other. "
-            "Serve a model without them."
-        )
 
 
 def _quantization_settings(config: Any) -> dict[str, Any]:
@@ -314,30 +260,6 @@ def _settle_bitsandbytes(model: nn.Module, device: torch.device, dtype: torch.dt
         if hasattr(module, "compute_dtype"):
             module.compute_dtype = dtype
             module.compute_type_is_set = True
-
-
-def _check_forward(model: nn.Module) -> None:
-    name = type(model).__name__
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModelError(
-            f"{name} does not use transformers' attention interface, so it cannot reach a paged "
-            "cache. Serve a model that does (Llama, Qwen, Mistral, Gemma, GPT-NeoX, …)."
-        )
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedModelError(
-            f"{name} computes logits for every position only (no logits_to_keep). "
-            "Serve another model."
-        )
-
-
-def _kv_shape(config: Any, dtype: torch.dtype) -> KVShape:
-    heads = int(config.num_attention_heads)
-    return KVShape(
-        num_layers=int(config.num_hidden_layers),
-        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
-        dtype=dtype,
-    )
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:

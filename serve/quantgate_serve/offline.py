@@ -15,13 +15,17 @@ from quantgate_serve.loading import LoadedModel, UnsupportedModelError
 __all__ = ["LoadedModel", "UnsupportedModelError", "load_model", "log_probs", "logits"]
 
 
-def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+def load_model(
+    folder: Path, *, device: str = "auto", dtype: str = "auto", max_context: int | None = None
+) -> LoadedModel:
     """Load `folder` as the server would, with transformers' own attention.
 
     Raises:
         UnsupportedModelError: the server would refuse it too; the message says why.
     """
-    return loading.load(Path(folder), device=device, dtype=dtype, attention="sdpa")
+    return loading.load(
+        Path(folder), device=device, dtype=dtype, attention="sdpa", max_context=max_context
+    )
 
 
 def logits(loaded: LoadedModel, token_ids: Sequence[int]) -> Tensor:

@@ -27,7 +27,13 @@ _CPU_MAX_TOKENS = 32_768
 def load_for_serving(folder: Path, settings: ServerSettings) -> LoadedModel:
     """Load the model with our attention registered."""
     register(paged_attention)
-    return load(folder, device=settings.device, dtype=settings.dtype, attention=ATTENTION_NAME)
+    return load(
+        folder,
+        device=settings.device,
+        dtype=settings.dtype,
+        attention=ATTENTION_NAME,
+        max_context=settings.max_context,
+    )
 
 
 def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from quantgate_serve.admission import QueueFullError, RequestTooLongError
 from quantgate_serve.detokenize import TextStream
@@ -21,15 +20,6 @@ MakeRequest = Callable[..., Request]
 Prompts = Callable[[int], list[list[int]]]
 RunAll = Callable[[Engine, list[Request]], None]
 Generate = Callable[..., list[int]]
-
-FAMILIES = {
-    "qwen2": (transformers.Qwen2Config, {}),
-    "qwen3": (transformers.Qwen3Config, {"head_dim": 32}),
-    "mistral": (transformers.MistralConfig, {"sliding_window": None}),
-    "gemma": (transformers.GemmaConfig, {"head_dim": 16, "hidden_act": "gelu_pytorch_tanh"}),
-    "gpt_neox": (transformers.GPTNeoXConfig, {"num_key_value_heads": 4}),
-    "tied_llama": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
-}
 
 
 class FailingRunner:
@@ -63,25 +53,6 @@ def test_greedy_tokens_equal_generate_on_64_ragged_prompts(
     for request in requests:
         assert request.output_ids == generate(llama_folder, request.prompt_ids)
         assert request.finish_reason is FinishReason.LENGTH
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_equal_generate_in_every_family(
-    family: str,
-    save_model: Callable[..., Path],
-    config_of: Callable[..., Any],
-    make_engine: MakeEngine,
-    make_request: MakeRequest,
-    prompts: Prompts,
-    run_all: RunAll,
-    generate: Generate,
-) -> None:
-    kind, changes = FAMILIES[family]
-    folder = save_model(config_of(kind, **changes), dtype=torch.bfloat16)
-    requests = [make_request(prompt) for prompt in prompts(8)]
-    run_all(make_engine(folder), requests)
-    for request in requests:
-        assert request.output_ids == generate(folder, request.prompt_ids)
 
 
 def test_a_full_pool_preempts_and_changes_no_token(

@@ -58,10 +58,6 @@ def quantized(folder: Path, target: Path, **options: Any) -> Path:
         ),
         ({"model_type": "mistral", "sliding_window": 128}, "sliding-window attention"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization method 'awq'"),
-        (
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-            "depend on the longest sequence",
-        ),
     ],
 )
 def test_an_unsupported_model_is_refused_with_its_reason(

@@ -17,10 +17,6 @@ from quantgate_serve.kv.storage import KVStorage
 ATTENTION_NAME = "quantgate_paged"
 
 
-class UnsupportedAttentionError(Exception):
-    """The model asks its attention for something the paged cache cannot do."""
-
-
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
     """Sequences of similar length that attend with one new token each.

@@ -10,15 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quantgate_serve.attention.interface import (
-    AttentionStep,
-    DecodeGroup,
-    PrefillSpan,
-    UnsupportedAttentionError,
-)
-
-# Arguments that change the result; a model that sends one of them needs code that is not here.
-_UNSUPPORTED = ("softcap", "sliding_window", "s_aux", "position_bias", "attention_bias", "sinks")
+from quantgate_serve.attention.interface import AttentionStep, DecodeGroup, PrefillSpan
 
 
 def paged_attention(
@@ -28,10 +20,14 @@ def paged_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    quantgate_step: AttentionStep | None = None,
-    **options: Any,
+    *,
+    quantgate_step: AttentionStep,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """Store this step's keys and values, attend over the cache.
+
+    Other arguments are ignored: `architecture.probe` has refused a model that passes one that would
+    change the result.
 
     Args:
         query: [1, N, T, D]; `key` and `value` [1, K, T, D].
@@ -39,17 +35,6 @@ def paged_attention(
     Returns:
         [1, T, N, D] and no weights.
     """
-    if quantgate_step is None:
-        raise UnsupportedAttentionError(
-            f"{type(module).__name__} did not pass the step's facts on to its attention. "
-            "Serve a model whose layers forward their keyword arguments."
-        )
-    for name in _UNSUPPORTED:
-        if options.get(name) is not None:
-            raise UnsupportedAttentionError(
-                f"{type(module).__name__} uses {name}={options[name]!r}, which the paged attention "
-                "does not have. Serve a full-attention model (Llama, Qwen, Mistral, GPT-NeoX)."
-            )
     step = quantgate_step
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     head_dim = query.shape[-1]
