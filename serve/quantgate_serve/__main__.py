@@ -130,6 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kv-tokens", type=int, help="size of the KV cache in tokens")
     parser.add_argument("--max-queued-requests", type=int, help="beyond this, 429")
     parser.add_argument("--max-queued-tokens", type=int, help="beyond this, 429")
+    parser.add_argument("--aging-s", type=float, help="wait after which a class gets its part")
+    parser.add_argument(
+        "--admission-window-ms", type=float, help="wait for company when underfilled, 0 to 50"
+    )
     parser.add_argument("--max-body-bytes", type=int, help="beyond this, 413")
     parser.add_argument("--drain-timeout-s", type=float, help="seconds to finish after SIGTERM")
     parser.add_argument("--served-model-name", help="name in requests (default: the folder's)")
@@ -140,6 +144,15 @@ def _parser() -> argparse.ArgumentParser:
         help="reuse the KV pages of known prefixes (default on)",
     )
     parser.add_argument("--metrics-compat", choices=["vllm"], help="also export vLLM's names")
+    parser.add_argument(
+        "--prefix-cache-tokens", type=int, help="tokens it remembers (default: the whole KV cache)"
+    )
+    parser.add_argument(
+        "--check-integrity",
+        action="store_true",
+        default=None,
+        help="check the KV pages' books when idle",
+    )
     return parser
 
 

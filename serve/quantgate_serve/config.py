@@ -36,10 +36,18 @@ class ServerSettings(BaseModel):
     kv_tokens: int | None = Field(default=None, ge=16)
     max_queued_requests: int = Field(default=1024, ge=1)
     max_queued_tokens: int = Field(default=262_144, ge=1)
+    # A class below others that has waited so long gets its part of the engine (see waiting.py).
+    aging_s: float = Field(default=5.0, gt=0)
+    # How long an idle or underfilled engine may wait for company for a request.
+    admission_window_ms: float = Field(default=0.0, ge=0, le=50)
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
     drain_timeout_s: float = Field(default=20.0, ge=0)
     served_model_name: str | None = None
     prefix_cache: bool = True
+    # Most tokens that the prefix cache remembers; None lets it have the whole pool.
+    prefix_cache_tokens: int | None = Field(default=None, ge=16)
+    # Check the books of KV pages whenever the engine runs out of work.
+    check_integrity: bool = False
     # Also export the metrics that vLLM has under vLLM's own names.
     metrics_compat: Literal["vllm"] | None = None
 

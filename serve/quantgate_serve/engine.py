@@ -48,6 +48,7 @@ class Engine:
         *,
         limits: AdmissionLimits,
         device: torch.device,
+        check_integrity: bool = False,
     ) -> None:
         self.limits = limits
         self.metrics = metrics
@@ -56,6 +57,7 @@ class Engine:
         self._runner = runner
         self._device = device
         self._scheduler = scheduler
+        self._checks_integrity = check_integrity
         self._inbox: deque[Request] = deque()
         self._aborts: deque[Request] = deque()
         self._ended: list[Delta] = []
@@ -116,6 +118,15 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._inbox or self._aborts or self._scheduler.has_work)
 
+    def idle_s(self) -> float | None:
+        """How long there is nothing to do unless something arrives; None is for ever."""
+        if not self.has_work:
+            return None
+        wake_ns = self._scheduler.wake_ns
+        if wake_ns is None or self._inbox or self._aborts:
+            return 0.0
+        return max(0.0, (wake_ns - perf_counter_ns()) / 1e9)
+
     # The engine thread (or a test that drives it by hand).
 
     def step(self) -> None:
@@ -128,14 +139,16 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compute prompts and decodes of two batch sizes, so that no client pays for it."""
-        largest = min(self._scheduler.max_batch_size, 8)
+        largest = min(self._scheduler.limits.max_batch_size, 8)
         for count in (1, largest):
             length = min(24, self.limits.max_request_tokens - 4)
             requests = [_warm_up_request(length) for _ in range(count)]
             for request in requests:
                 self._scheduler.add(request)
             while self._scheduler.has_work:
-                for result in self._runner.run(self._scheduler.schedule()):
+                plan = self._scheduler.schedule()
+                # The admission window may hold the first ones back for a moment.
+                for result in self._runner.run(plan) if plan else ():
                     request = result.chunk.request
                     self._scheduler.commit(result.chunk)
                     if result.token_id is not None:
@@ -151,11 +164,14 @@ class Engine:
         try:
             self.warm_up()
             while not self._stopping:
-                if self.has_work:
+                idle_s = self.idle_s()
+                if idle_s == 0:
                     self.step()
-                else:
-                    self._wake.wait()
-                    self._wake.clear()
+                    continue
+                if idle_s is None and self._checks_integrity:
+                    self._scheduler.check_integrity()
+                self._wake.wait(idle_s)
+                self._wake.clear()
         # Outside a step's own boundary only a fault of the engine is left: end, and tell everyone.
         except Exception as error:
             _log.error("the engine has failed", exc_info=error)
@@ -181,6 +197,7 @@ class Engine:
                 self._finish(request, FinishReason.ABORT)
 
     def _schedule(self) -> list[Chunk]:
+        self._expire()
         plan = self._scheduler.schedule()
         now = perf_counter_ns()
         for chunk in plan:
@@ -191,6 +208,18 @@ class Engine:
                 self.metrics.observe_wait(request.priority.label, (now - request.arrived_ns) / 1e9)
                 self.metrics.prompt_tokens += request.num_prompt
         return plan
+
+    def _expire(self) -> None:
+        for request in self._scheduler.take_expired():
+            phase = "running" if request.scheduled_ns else "queued"
+            self.metrics.deadline_expired[phase] += 1
+            request.error = RequestError(
+                f"the deadline passed while the request was {phase}, after "
+                f"{(perf_counter_ns() - request.arrived_ns) / 1e9:.3f} s. "
+                "Allow more time, or ask for fewer tokens.",
+                "deadline_exceeded",
+            )
+            self._finish(request, FinishReason.ERROR)
 
     def _compute(self, plan: list[Chunk]) -> list[ChunkResult]:
         """Run `plan`; if that fails, its halves; a request that fails alone is ended."""
@@ -205,7 +234,7 @@ class Engine:
         self.metrics.step_s.observe((perf_counter_ns() - started) / 1e9)
         self.metrics.step_tokens.observe(sum(chunk.length for chunk in plan))
         self.metrics.batch_size.observe(len(plan))
-        self.metrics.batch_fill.observe(len(plan) / self._scheduler.max_batch_size)
+        self.metrics.batch_fill.observe(len(plan) / self._scheduler.limits.max_batch_size)
         return results
 
     def _isolate(self, plan: list[Chunk], error: Exception) -> list[ChunkResult]:
@@ -301,19 +330,29 @@ class Engine:
     def update_gauges(self) -> None:
         """Note what the engine looks like now; each counter that others keep is read, too."""
         scheduler, metrics, now = self._scheduler, self.metrics, self.metrics.now
-        now.num_running = len(scheduler.running)
-        depths = Counter(request.priority for request in (*scheduler.waiting, *self._inbox))
-        now.num_waiting = {priority.label: depths[priority] for priority in Priority}
+        now.num_running = scheduler.num_running
+        mail = Counter(request.priority for request in tuple(self._inbox))
+        now.num_waiting = {
+            priority.label: scheduler.count_waiting(priority) + mail[priority]
+            for priority in Priority
+        }
         now.queued_tokens = self._admission.num_tokens
-        now.oldest_arrived_ns = min(
-            (request.arrived_ns for request in scheduler.waiting), default=None
-        )
+        now.oldest_arrived_ns = scheduler.oldest_waiting_ns
+        now.service_tokens_per_s = scheduler.rate.tokens_per_s
+        self._admission.tokens_per_s = now.service_tokens_per_s
         now.kv_pages = scheduler.pool.num_pages
         now.kv_pages_used = scheduler.pool.num_used
         now.kv_pages_cached = scheduler.pool.num_cached
         read_memory(now, self._device)
         metrics.preemptions = scheduler.num_preemptions
+        metrics.aging_promotions = scheduler.num_aged
+        metrics.gathered_pages = self._runner.padded_pages
+        metrics.needed_pages = self._runner.used_pages
+        for seconds in scheduler.window_waits:
+            metrics.window_wait_s.observe(seconds)
+        scheduler.window_waits.clear()
         if scheduler.prefix_cache is not None:
+            metrics.cross_tenant_hits = scheduler.prefix_cache.cross_tenant_hits
             metrics.prefix_queries = scheduler.prefix_cache.queried_tokens
             metrics.prefix_hits = scheduler.prefix_cache.hit_tokens
 

@@ -60,6 +60,8 @@ class EngineGauges:
     queued_tokens: int = 0
     # perf_counter_ns is one clock for all processes of a machine, so a reader can tell the age.
     oldest_arrived_ns: int | None = None
+    # What the engine works off of a queue; None until requests have had to wait.
+    service_tokens_per_s: float | None = None
     kv_pages: int = 0
     kv_pages_used: int = 0
     # Held by the prefix cache alone: free for whoever needs them.
@@ -80,7 +82,14 @@ class EngineMetrics:
     generation_tokens: int = 0
     prefix_queries: int | None = None
     prefix_hits: int | None = None
+    cross_tenant_hits: int | None = None
     preemptions: int = 0
+    aging_promotions: int = 0
+    deadline_expired: Counter[str] = field(default_factory=Counter)  # by phase
+    window_wait_s: Histogram = field(default_factory=_waits)
+    # KV pages that decode steps read, and those of them that held tokens.
+    gathered_pages: int = 0
+    needed_pages: int = 0
     oom: int = 0
     oom_retry: int = 0
     step_errors: int = 0

@@ -120,6 +120,8 @@ class Request:
     priority: Priority = Priority.NORMAL
     # Who asks: shares inside a class are per tenant, and so are prefixes. Set from the API key.
     tenant: str = ""
+    # The tenant's share beside the others of its class.
+    weight: float = 1.0
     # When the answer is of no use any more, on the clock of perf_counter_ns; None never is.
     deadline_ns: int | None = None
     cache_root: str = DEFAULT_ROOT
@@ -130,6 +132,11 @@ class Request:
     num_computed: int = 0
     num_cached: int = 0
     num_preemptions: int = 0
+    # Kept by the scheduler: the class it runs in (aging may raise it), its place among those that
+    # have started, and how many of its tokens were computed or reused so far.
+    level: Priority = Priority.NORMAL
+    seat: int = -1
+    num_served: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     # Entry i belongs to prompt token i + 1; the first token has none.
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -144,6 +151,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)
+        self.level = self.priority
 
     @property
     def num_prompt(self) -> int:

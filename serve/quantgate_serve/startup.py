@@ -16,7 +16,7 @@ from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.loading import LoadedModel, UnsupportedModelError, load
 from quantgate_serve.metrics import EngineMetrics
 from quantgate_serve.runner import Runner
-from quantgate_serve.scheduler import Scheduler
+from quantgate_serve.scheduler import Scheduler, SchedulerLimits
 
 # Shares of the memory that is free after loading. A CPU server is one process among others.
 _CUDA_SHARE = 0.85
@@ -45,9 +45,13 @@ def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:
     )
     scheduler = Scheduler(
         pool,
-        max_batch_size=settings.max_batch_size,
-        max_batched_tokens=settings.max_batched_tokens,
-        prefix_cache=PrefixCache(pool) if settings.prefix_cache else None,
+        SchedulerLimits(
+            max_batch_size=settings.max_batch_size,
+            max_batched_tokens=settings.max_batched_tokens,
+            aging_ns=int(settings.aging_s * 1e9),
+            window_ns=int(settings.admission_window_ms * 1e6),
+        ),
+        prefix_cache=_prefix_cache(pool, settings),
     )
     metrics = EngineMetrics()
     metrics.now.weight_bytes = loaded.weight_bytes
@@ -57,12 +61,26 @@ def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:
         max_request_tokens=min(loaded.context_length, pool.num_pages * PAGE_SIZE),
         max_queued_requests=settings.max_queued_requests,
         max_queued_tokens=settings.max_queued_tokens,
+        aging_s=settings.aging_s,
     )
     engine = Engine(
-        Runner(loaded, storage), scheduler, metrics, limits=limits, device=loaded.device
+        Runner(loaded, storage),
+        scheduler,
+        metrics,
+        limits=limits,
+        device=loaded.device,
+        check_integrity=settings.check_integrity,
     )
     engine.update_gauges()
     return engine
+
+
+def _prefix_cache(pool: PagePool, settings: ServerSettings) -> PrefixCache | None:
+    if not settings.prefix_cache:
+        return None
+    if settings.prefix_cache_tokens is None:
+        return PrefixCache(pool)
+    return PrefixCache(pool, max_pages=settings.prefix_cache_tokens // PAGE_SIZE)
 
 
 def choose_kv_tokens(loaded: LoadedModel, settings: ServerSettings) -> int:

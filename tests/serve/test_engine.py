@@ -36,6 +36,9 @@ class FailingRunner:
         results: list[ChunkResult] = self._runner.run(plan)
         return results
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_greedy_tokens_equal_generate_on_64_ragged_prompts(

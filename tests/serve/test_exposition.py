@@ -39,8 +39,9 @@ def values(metric: Metric, suffix: str = "") -> dict[str, float]:
 def worked(
     request: pytest.FixtureRequest,
 ) -> EngineMetrics:
-    metrics = EngineMetrics(prefix_queries=10, prefix_hits=4)
+    metrics = EngineMetrics(prefix_queries=10, prefix_hits=4, cross_tenant_hits=0)
     metrics.now.num_waiting = {"interactive": 1, "bulk": 2}
+    metrics.now.service_tokens_per_s = 800.0
     metrics.observe_wait("interactive", 0.003)
     metrics.observe_wait("bulk", 4.0)
     metrics.now.kv_pages, metrics.now.kv_pages_used, metrics.now.kv_pages_cached = 10, 8, 5

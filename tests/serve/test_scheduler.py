@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from quantgate_serve.kv.pool import PagePool
 from quantgate_serve.kv.prefix import PrefixCache
 from quantgate_serve.request import FinishReason, Request, RequestState, SamplingParams
-from quantgate_serve.scheduler import Chunk, Scheduler
+from quantgate_serve.scheduler import Chunk, Scheduler, SchedulerLimits
 
 
 def make_scheduler(
@@ -16,8 +16,7 @@ def make_scheduler(
     pool = PagePool(num_pages)
     return Scheduler(
         pool,
-        max_batch_size=batch,
-        max_batched_tokens=tokens,
+        SchedulerLimits(max_batch_size=batch, max_batched_tokens=tokens),
         prefix_cache=PrefixCache(pool) if cached else None,
     )
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from quantgate_serve.request import RequestError
 
 
+_STATUS_OF = {"out_of_memory": 507, "deadline_exceeded": 504}
+
+
 class ClientGoneError(Exception):
     """The client closed its connection before the answer was ready."""
 
@@ -106,7 +109,7 @@ def submit(engine: Engine, requests: Sequence[Request]) -> None:
 
 
 def api_error(error: "RequestError") -> ApiError:
-    status = 507 if error.code == "out_of_memory" else 500
+    status = _STATUS_OF.get(error.code, 500)
     return ApiError(status, error.message, code=error.code)
 
 

@@ -1,0 +1,33 @@
+"""How fast the engine works off requests while requests wait, in tokens of cost per second."""
+
+import math
+
+# Long enough to smooth over prompts and decodes, short enough to follow a change of load.
+_MEMORY_S = 10.0
+# Less observed time than this is a burst that has just begun.
+_MIN_SECONDS = 0.25
+
+
+class ServiceRate:
+    """An average over the last seconds in which requests waited.
+
+    While nobody waits the engine works only as fast as requests come, which says nothing about how
+    long a queue would take.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = 0.0
+        self._seconds = 0.0
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """None until requests have waited for a while."""
+        if self._seconds < _MIN_SECONDS or self._tokens <= 0:
+            return None
+        return self._tokens / self._seconds
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """`tokens` were served in `seconds`, with requests waiting all the time."""
+        decay = math.exp(-seconds / _MEMORY_S)
+        self._tokens = self._tokens * decay + tokens
+        self._seconds = self._seconds * decay + seconds
