@@ -1,0 +1,139 @@
+"""The compute floor: the time that the model's Linears alone would take for a workload.
+
+Prompt tokens count at the best GEMM rate that this machine reaches, decode steps at the time of all
+Linears for the mean batch of the real run. Both are measured for each way of multiplying that torch
+has on this CPU, and the fastest counts, so the floor does not move with what the engine happens to
+use.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from serving_workload import BenchRequest
+from torch import Tensor, nn
+from torch.nn import functional
+
+_LARGE_ROWS = (256, 512, 1024)
+_SQUARE = 2048
+_DURATION_S = 0.3
+
+Multiply = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The floor of one workload, and what it was computed from."""
+
+    duration_s: float
+    gemm_flop_per_s: float
+    mean_batch: float
+    decode_step_s: float
+    default_decode_step_s: float
+
+
+class Linears:
+    """Every Linear of a model, in each implementation that torch has here."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [
+            module.weight.detach()
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name != "lm_head"
+        ]
+        self.head = model.get_submodule("lm_head").weight.detach()
+
+    @property
+    def flop_per_token(self) -> int:
+        """Of a prompt token, whose logits nobody reads."""
+        return 2 * sum(weight.numel() for weight in self.layers)
+
+    def step_s(self, rows: int, *, with_head: bool) -> dict[str, float]:
+        """Seconds for all Linears over `rows` tokens, by implementation."""
+        weights = [*self.layers, self.head] if with_head else self.layers
+        inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1]) for weight in weights}
+        result = {}
+        for name, prepare in _IMPLEMENTATIONS.items():
+            if name == "onednn" and not has_onednn():
+                continue
+            calls = [(prepare(weight), inputs[weight.shape[1]]) for weight in weights]
+            result[name] = _best_time(lambda calls=calls: [call(x) for call, x in calls])
+        return result
+
+
+def has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available()) and hasattr(
+        torch.ops.mkldnn, "_linear_pointwise"
+    )
+
+
+@torch.inference_mode()
+def measure_floor(
+    linears: Linears, requests: Sequence[BenchRequest], *, mean_batch: float, gemm: float
+) -> Floor:
+    """The floor for `requests`; the first output token of each comes out of its prompt's step."""
+    prompt_tokens = sum(len(request.prompt) for request in requests)
+    decode_tokens = sum(request.num_output - 1 for request in requests)
+    head_flop = 2 * linears.head.numel() * len(requests)
+    step = linears.step_s(max(1, round(mean_batch)), with_head=True)
+    fastest = min(step.values())
+    prompt_s = (prompt_tokens * linears.flop_per_token + head_flop) / gemm
+    return Floor(
+        duration_s=prompt_s + decode_tokens / mean_batch * fastest,
+        gemm_flop_per_s=gemm,
+        mean_batch=mean_batch,
+        decode_step_s=fastest,
+        default_decode_step_s=step["linear"],
+    )
+
+
+@torch.inference_mode()
+def best_gemm_rate(linears: Linears) -> float:
+    """FLOP/s: the best over the model's own shapes with many rows, and over a square product."""
+    rates = [
+        rows * linears.flop_per_token / seconds
+        for rows in _LARGE_ROWS
+        for seconds in linears.step_s(rows, with_head=False).values()
+    ]
+    square = torch.randn(_SQUARE, _SQUARE)
+    for name, prepare in _IMPLEMENTATIONS.items():
+        if name == "onednn" and not has_onednn():
+            continue
+        call = prepare(torch.randn(_SQUARE, _SQUARE))
+        rates.append(2 * _SQUARE**3 / _best_time(lambda call=call: call(square)))
+    return max(rates)
+
+
+def _linear(weight: Tensor) -> Multiply:
+    return lambda x: functional.linear(x, weight)
+
+
+def _transposed(weight: Tensor) -> Multiply:
+    turned = weight.t().contiguous()
+    return lambda x: torch.mm(x, turned)
+
+
+def _onednn(weight: Tensor) -> Multiply:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.clone(), 64)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+_IMPLEMENTATIONS: dict[str, Callable[[Tensor], Multiply]] = {
+    "linear": _linear,
+    "transposed": _transposed,
+    "onednn": _onednn,
+}
+
+
+def _best_time(call: Callable[[], object]) -> float:
+    """The fastest of the calls that fit into a third of a second, after two to warm up."""
+    call()
+    call()
+    best = float("inf")
+    end = perf_counter() + _DURATION_S
+    while perf_counter() < end:
+        started = perf_counter()
+        call()
+        best = min(best, perf_counter() - started)
+    return best
