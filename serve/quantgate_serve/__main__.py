@@ -1,7 +1,8 @@
 """Starts one server for one model: `python -m quantgate_serve --model FOLDER`.
 
-Exit codes: 0 after a drained stop, 1 when the engine failed, 2 when the model, the configuration
-or an argument is refused.
+This process serves HTTP and tokenises; the model runs in one that it starts (client.py).
+Exit codes: 0 after a drained stop, 1 when the engine failed for good, 2 when the model, the
+configuration or an argument is refused.
 """
 
 import argparse
@@ -45,70 +46,90 @@ def main(argv: list[str] | None = None) -> int:
     # Read by gptqmodel when it is imported; more workers than cores only wait for each other.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Imported late, so that --help and a refused configuration do not wait for torch.
-    import torch
+    # Imported late, so that --help and a refused configuration wait for nothing.
+    from quantgate_serve.client import EngineStoppedError, ModelRefusedError
 
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    # asyncio sets TCP_NODELAY only where the protocol is named. Without it every answer after a
+    # connection's first waits for the client's delayed acknowledgement: 40 ms.
+    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            # Taken now, and connections are refused until the model is loaded.
+            listener.bind((settings.host, settings.port))
+        except OSError as error:
+            return _refuse(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}.")
+        try:
+            asyncio.run(_serve(settings, listener))
+        except ModelRefusedError as error:
+            return _refuse(error)
+        except EngineStoppedError as error:
+            logging.error("%s", error)
+            return 1
+    return 0
+
+
+async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
+    """Load, listen, warm up, serve, drain.
+
+    Raises:
+        ModelRefusedError: the engine cannot serve this model.
+        EngineStoppedError: it died while loading, or too often.
+    """
+    from quantgate_serve.client import EngineClient
     from quantgate_serve.http.app import Service, build_app
-    from quantgate_serve.loading import UnsupportedModelError
-    from quantgate_serve.startup import build_engine, load_for_serving
     from quantgate_serve.vocabulary import Vocabulary
 
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    engine = EngineClient(settings)
+    loading = asyncio.create_task(engine.start())
+    # Beside the engine, which reads the weights meanwhile.
+    vocabulary = asyncio.create_task(asyncio.to_thread(Vocabulary.load, settings.model))
     try:
-        loaded = load_for_serving(settings.model, settings)
-        engine = build_engine(loaded, settings)
-    except UnsupportedModelError as error:
-        return _refuse(error)
-    service = Service(
-        engine,
-        Vocabulary(loaded.tokenizer),
-        model_name=settings.model_name,
-        vocab_size=loaded.vocab_size,
-        eos_ids=loaded.eos_ids,
-        max_body_bytes=settings.max_body_bytes,
-        metrics_compat=settings.metrics_compat,
-    )
-    config = uvicorn.Config(
-        build_app(service),
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=int(settings.drain_timeout_s),
-        # Longer than clients pool connections: who closes first loses no request in a race.
-        timeout_keep_alive=300,
-        lifespan="on",
-    )
-    try:
-        listener = socket.create_server((settings.host, settings.port), backlog=2048)
-    except OSError as error:
-        return _refuse(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}.")
+        loaded = await loading
+        service = Service(
+            engine,
+            await vocabulary,
+            model_name=settings.model_name,
+            vocab_size=loaded.vocab_size,
+            eos_ids=loaded.eos_ids,
+            max_body_bytes=settings.max_body_bytes,
+            metrics_compat=settings.metrics_compat,
+        )
+        config = uvicorn.Config(
+            build_app(service),
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=int(settings.drain_timeout_s),
+            # Longer than clients pool connections: who closes first loses no request in a race.
+            timeout_keep_alive=300,
+        )
 
-    class Server(uvicorn.Server):
-        """Says where it listens, and that it drains."""
+        class Server(uvicorn.Server):
+            """Says where it listens, and that it drains."""
 
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            port = listener.getsockname()[1]
-            url = f"http://{settings.host}:{port}"
-            logging.info("serving %s at %s", settings.model_name, url)
-            if settings.ready_file is not None:
-                _write_whole(settings.ready_file, json.dumps({"url": url, "pid": os.getpid()}))
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                port = listener.getsockname()[1]
+                url = f"http://{settings.host}:{port}"
+                logging.info("serving %s at %s", settings.model_name, url)
+                if settings.ready_file is not None:
+                    _write_whole(settings.ready_file, json.dumps({"url": url, "pid": os.getpid()}))
 
-        async def on_tick(self, counter: int) -> bool:
-            return await super().on_tick(counter) or engine.failure is not None
+            async def on_tick(self, counter: int) -> bool:
+                return await super().on_tick(counter) or engine.failure is not None
 
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            service.is_draining = True
-            await super().shutdown(sockets)
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                service.is_draining = True
+                await super().shutdown(sockets)
 
-    # The engine's thread gives up the GIL in every kernel; with the default of 5 ms it would wait
-    # that long for the event loop to give it back.
-    sys.setswitchinterval(0.0005)
-    # uvicorn raises the signal again once it has drained; by then it means nothing any more.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.signal(signal.SIGINT, lambda *_: None)
-    asyncio.run(Server(config).serve(sockets=[listener]))
-    return 0 if engine.failure is None else 1
+        # uvicorn raises the signal again once it has drained; by then it means nothing any more.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGINT, lambda *_: None)
+        await Server(config).serve(sockets=[listener])
+    finally:
+        await engine.stop()
+    if engine.failure is not None:
+        raise engine.failure
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,6 +157,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-body-bytes", type=int, help="beyond this, 413")
     parser.add_argument("--drain-timeout-s", type=float, help="seconds to finish after SIGTERM")
+    parser.add_argument(
+        "--engine-timeout-s", type=float, help="seconds of silence after which the engine is killed"
+    )
+    parser.add_argument(
+        "--max-engine-restarts", type=int, help="deaths in a row that the server outlives"
+    )
     parser.add_argument("--served-model-name", help="name in requests (default: the folder's)")
     parser.add_argument(
         "--prefix-cache",

@@ -42,6 +42,10 @@ class ServerSettings(BaseModel):
     admission_window_ms: float = Field(default=0.0, ge=0, le=50)
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
     drain_timeout_s: float = Field(default=20.0, ge=0)
+    # An engine that has work and says nothing for so long is killed and started again.
+    engine_timeout_s: float = Field(default=60.0, gt=0)
+    # Deaths without a minute of service between them; with one more the server exits.
+    max_engine_restarts: int = Field(default=5, ge=0)
     served_model_name: str | None = None
     prefix_cache: bool = True
     # Most tokens that the prefix cache remembers; None lets it have the whole pool.

@@ -1,40 +1,41 @@
 """The engine: steps over the batch, and the one place where a failing step is contained.
 
-Other threads hand in requests and aborts; results leave in one batch per step through `deliver`.
+One thread uses it. What a step changed is its result; who is told, and how, is decided elsewhere.
 """
 
 import logging
-import threading
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from time import perf_counter_ns
 
 import torch
 
-from quantgate_serve.admission import Admission, AdmissionLimits, QueueFullError
+from quantgate_serve.admission import Admission, AdmissionLimits
 from quantgate_serve.memory import read_memory
-from quantgate_serve.metrics import EngineMetrics, FrontMetrics
+from quantgate_serve.metrics import EngineMetrics
 from quantgate_serve.request import (
-    Delta,
     FinishReason,
     Priority,
     Request,
     RequestError,
-    RequestState,
     SamplingParams,
 )
 from quantgate_serve.runner import ChunkResult, Runner
 from quantgate_serve.scheduler import Chunk, Scheduler
 
 _log = logging.getLogger(__name__)
-Deliver = Callable[[list[Delta]], None]
 
 # While there is work the gauges are renewed this often: reading them walks the queue.
 _GAUGES_EVERY_NS = 20_000_000
 
 
-class EngineStoppedError(Exception):
-    """The engine has ended; nothing will be computed any more."""
+@dataclass(slots=True)
+class Step:
+    """What one step changed: requests first computed, streams that go on, and those that ended."""
+
+    started: list[Request] = field(default_factory=list)
+    grown: list[Request] = field(default_factory=list)
+    ended: list[Request] = field(default_factory=list)
 
 
 class Engine:
@@ -52,90 +53,62 @@ class Engine:
     ) -> None:
         self.limits = limits
         self.metrics = metrics
-        self.front = FrontMetrics()
-        self.deliver: Deliver = call_listeners
+        self.is_warm = False
         self._runner = runner
         self._device = device
         self._scheduler = scheduler
         self._checks_integrity = check_integrity
-        self._inbox: deque[Request] = deque()
-        self._aborts: deque[Request] = deque()
-        self._ended: list[Delta] = []
         self._admission = Admission(limits)
-        # Held while handing in, so that nothing is handed to an engine that has ended.
-        self._lock = threading.Lock()
-        self._wake = threading.Event()
-        self._stopping = False
-        self._thread: threading.Thread | None = None
+        # What has changed since the last step's result.
+        self._step = Step()
         self._gauged_ns = 0
-        self.is_warm = False
-        # What ended the engine, if it did not end by stop().
-        self.failure: Exception | None = None
-
-    # Called from any thread.
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue `requests`, all or none.
 
         Raises:
-            EngineStoppedError: the engine has ended.
             RequestTooLongError: one can never fit.
             QueueFullError: too much is queued already.
         """
-        with self._lock:
-            if self.failure is not None or self._stopping:
-                raise EngineStoppedError("the engine has stopped; start the server again.")
-            try:
-                self._admission.enter(requests)
-            except QueueFullError as error:
-                self.front.rejections[error.reason] += 1
-                raise
-            self._inbox.extend(requests)
-        self._wake.set()
+        self._admission.enter(requests)
+        for request in requests:
+            self._scheduler.add(request)
 
-    def abort(self, requests: Sequence[Request]) -> None:
-        """Stop working on `requests` before the next step; finished ones are left alone."""
-        self._aborts.extend(requests)
-        self._wake.set()
-
-    def start(self) -> None:
-        """Warm up and work in a thread of its own."""
-        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End the thread after its current step; what is unfinished stays so."""
-        self._stopping = True
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join()
-
-    @property
-    def is_alive(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+    def abort(
+        self, requests: Sequence[Request], *, reason: FinishReason = FinishReason.ABORT
+    ) -> None:
+        """End `requests` now and free their pages; finished ones are left alone."""
+        for request in requests:
+            if not request.is_finished:
+                self._finish(request, reason)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._inbox or self._aborts or self._scheduler.has_work)
+        return bool(self._step.ended or self._scheduler.has_work)
 
     def idle_s(self) -> float | None:
         """How long there is nothing to do unless something arrives; None is for ever."""
         if not self.has_work:
             return None
         wake_ns = self._scheduler.wake_ns
-        if wake_ns is None or self._inbox or self._aborts:
+        if wake_ns is None or self._step.ended:
             return 0.0
         return max(0.0, (wake_ns - perf_counter_ns()) / 1e9)
 
-    # The engine thread (or a test that drives it by hand).
+    def rest(self) -> None:
+        """Called before a wait without end: look after every page, if asked to."""
+        if self._checks_integrity:
+            self._scheduler.check_integrity()
 
-    def step(self) -> None:
-        """Take what arrived, choose a batch, compute it, move the requests on, tell listeners."""
-        self._take_mail()
-        plan = self._schedule()
-        results = self._compute(plan)
-        self._advance(results)
-        self._tell(results)
+    def step(self) -> Step:
+        """Choose a batch, compute it, move the requests on."""
+        self._advance(self._compute(self._schedule()))
+        step, self._step = self._step, Step()
+        now = perf_counter_ns()
+        if now - self._gauged_ns >= _GAUGES_EVERY_NS or not self.has_work:
+            self._gauged_ns = now
+            self.update_gauges()
+        return step
 
     def warm_up(self) -> None:
         """Compute prompts and decodes of two batch sizes, so that no client pays for it."""
@@ -160,42 +133,6 @@ class Engine:
         self.update_gauges()
         self.is_warm = True
 
-    def _loop(self) -> None:
-        try:
-            self.warm_up()
-            while not self._stopping:
-                idle_s = self.idle_s()
-                if idle_s == 0:
-                    self.step()
-                    continue
-                if idle_s is None and self._checks_integrity:
-                    self._scheduler.check_integrity()
-                self._wake.wait(idle_s)
-                self._wake.clear()
-        # Outside a step's own boundary only a fault of the engine is left: end, and tell everyone.
-        except Exception as error:
-            _log.error("the engine has failed", exc_info=error)
-            with self._lock:
-                self.failure = error
-            self._fail_all(error)
-
-    def _fail_all(self, error: Exception) -> None:
-        unfinished = [*self._scheduler.running, *self._scheduler.waiting, *self._inbox]
-        for request in unfinished:
-            request.error = RequestError(f"the engine has failed: {error}", "engine_failed")
-            request.state = RequestState.FINISHED
-            request.finish_reason = FinishReason.ERROR
-        deltas = [Delta(request, request.num_output, "", True) for request in unfinished]
-        self.deliver(deltas)
-
-    def _take_mail(self) -> None:
-        while self._inbox:
-            self._scheduler.add(self._inbox.popleft())
-        while self._aborts:
-            request = self._aborts.popleft()
-            if not request.is_finished:
-                self._finish(request, FinishReason.ABORT)
-
     def _schedule(self) -> list[Chunk]:
         self._expire()
         plan = self._scheduler.schedule()
@@ -204,6 +141,7 @@ class Engine:
             request = chunk.request
             if request.scheduled_ns == 0:
                 request.scheduled_ns = now
+                self._step.started.append(request)
                 self._admission.leave(request)
                 self.metrics.observe_wait(request.priority.label, (now - request.arrived_ns) / 1e9)
                 self.metrics.prompt_tokens += request.num_prompt
@@ -287,13 +225,10 @@ class Engine:
             request.ended_by_eos = True
             self._finish(request, FinishReason.STOP)
             return
-        if request.text is not None:
-            request.text.push(token)
-            if request.text.is_stopped:
-                self._finish(request, FinishReason.STOP)
-                return
         if request.num_output >= params.max_tokens:
             self._finish(request, FinishReason.LENGTH)
+        elif request.is_streaming:
+            self._step.grown.append(request)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         self._scheduler.finish(request, reason)
@@ -309,32 +244,14 @@ class Engine:
             self.metrics.request_prompt_tokens.observe(request.num_prompt)
             self.metrics.request_generation_tokens.observe(request.num_output)
         self.metrics.finished[reason] += 1
-        if request.text is not None:
-            request.text.finish()
-        if request.listener is not None:
-            self._ended.append(Delta(request, request.num_output, _take_text(request), True))
-
-    def _tell(self, results: list[ChunkResult]) -> None:
-        deltas, self._ended = self._ended, []
-        for result in results:
-            request = result.chunk.request
-            if request.is_streaming and result.token_id is not None and not request.is_finished:
-                deltas.append(Delta(request, request.num_output, _take_text(request), False))
-        now = perf_counter_ns()
-        if now - self._gauged_ns >= _GAUGES_EVERY_NS or not self.has_work:
-            self._gauged_ns = now
-            self.update_gauges()
-        if deltas:
-            self.deliver(deltas)
+        self._step.ended.append(request)
 
     def update_gauges(self) -> None:
         """Note what the engine looks like now; each counter that others keep is read, too."""
         scheduler, metrics, now = self._scheduler, self.metrics, self.metrics.now
         now.num_running = scheduler.num_running
-        mail = Counter(request.priority for request in tuple(self._inbox))
         now.num_waiting = {
-            priority.label: scheduler.count_waiting(priority) + mail[priority]
-            for priority in Priority
+            priority.label: scheduler.count_waiting(priority) for priority in Priority
         }
         now.queued_tokens = self._admission.num_tokens
         now.oldest_arrived_ns = scheduler.oldest_waiting_ns
@@ -357,13 +274,6 @@ class Engine:
             metrics.prefix_hits = scheduler.prefix_cache.hit_tokens
 
 
-def call_listeners(deltas: list[Delta]) -> None:
-    """Tell each delta to its request's listener."""
-    for delta in deltas:
-        if delta.request.listener is not None:
-            delta.request.listener(delta)
-
-
 def is_out_of_memory(error: Exception) -> bool:
     """CUDA has an exception for it; the CPU allocator raises a RuntimeError that says so."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
@@ -377,10 +287,6 @@ def _request_error(error: Exception, *, is_oom: bool) -> RequestError:
             "out of memory: this request does not fit even alone. Shorten it.", "out_of_memory"
         )
     return RequestError(f"the model failed on this request: {error}", "engine_error")
-
-
-def _take_text(request: Request) -> str:
-    return "" if request.text is None else request.text.take(final=request.is_finished)
 
 
 def _warm_up_request(length: int) -> Request:

@@ -95,7 +95,7 @@ class RequestError:
 
 @dataclass(slots=True)
 class Delta:
-    """What one step added to a request: it has `num_output` tokens now; the last has `is_last`."""
+    """What a listener hears: the request has `num_output` tokens now; the last has `is_last`."""
 
     request: "Request"
     num_output: int
@@ -108,15 +108,21 @@ Listener = Callable[[Delta], None]
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A sequence on its way through the engine. `token_ids` is prompt and output together."""
+    """A sequence on its way through the engine. `token_ids` is prompt and output together.
+
+    What may be passed in is what was asked; the rest is progress. The engine's process works on a
+    copy of the first part, and its progress is copied back (channel.py): a field added here
+    travels by being in the right part.
+    """
 
     prompt_ids: list[int]
     params: SamplingParams
     eos_ids: frozenset[int] = frozenset()
+    # Who hears of it, and its text: never seen by the engine.
     listener: Listener | None = None
+    text: TextStream | None = None
     # Streaming requests are heard after every step, the others once, at their end.
     is_streaming: bool = False
-    text: TextStream | None = None
     priority: Priority = Priority.NORMAL
     # Who asks: shares inside a class are per tenant, and so are prefixes. Set from the API key.
     tenant: str = ""
@@ -126,28 +132,29 @@ class Request:
     deadline_ns: int | None = None
     cache_root: str = DEFAULT_ROOT
     id: int = field(default_factory=lambda: next(_ids))
-    state: RequestState = RequestState.WAITING
-    token_ids: list[int] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
-    num_computed: int = 0
-    num_cached: int = 0
-    num_preemptions: int = 0
+    arrived_ns: int = field(default_factory=perf_counter_ns)
+
+    token_ids: list[int] = field(init=False)
+    pages: list[int] = field(init=False, default_factory=list)
+    num_computed: int = field(init=False, default=0)
+    logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
+    # Entry i belongs to prompt token i + 1; the first token has none.
+    prompt_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
+    state: RequestState = field(init=False, default=RequestState.WAITING)
+    num_cached: int = field(init=False, default=0)
+    num_preemptions: int = field(init=False, default=0)
     # Kept by the scheduler: the class it runs in (aging may raise it), its place among those that
     # have started, and how many of its tokens were computed or reused so far.
-    level: Priority = Priority.NORMAL
-    seat: int = -1
-    num_served: int = 0
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    # Entry i belongs to prompt token i + 1; the first token has none.
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    error: RequestError | None = None
-    ended_by_eos: bool = False
-    arrived_ns: int = field(default_factory=perf_counter_ns)
-    scheduled_ns: int = 0
-    first_token_ns: int = 0
-    last_token_ns: int = 0
-    finished_ns: int = 0
+    level: Priority = field(init=False, default=Priority.NORMAL)
+    seat: int = field(init=False, default=-1)
+    num_served: int = field(init=False, default=0)
+    finish_reason: FinishReason | None = field(init=False, default=None)
+    error: RequestError | None = field(init=False, default=None)
+    ended_by_eos: bool = field(init=False, default=False)
+    scheduled_ns: int = field(init=False, default=0)
+    first_token_ns: int = field(init=False, default=0)
+    last_token_ns: int = field(init=False, default=0)
+    finished_ns: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 
 class ChatTemplateError(Exception):
@@ -17,6 +18,13 @@ class Vocabulary:
         # The Rust tokenizer itself: a third of the time of the wrapper's decode.
         self._fast = getattr(tokenizer, "backend_tokenizer", None)
         self.token_text = lru_cache(maxsize=65_536)(self._token_text)
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """The tokenizer of a model folder that the engine has accepted, or is about to judge."""
+        import transformers
+
+        return cls(transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
 
     @property
     def has_chat_template(self) -> bool:

@@ -149,7 +149,7 @@ def test_an_engine_that_worked_has_told_every_layer(
 ) -> None:
     engine = make_engine()
     run_all(engine, [make_request(prompt) for prompt in prompts(6)])
-    found = scrape(engine.metrics, engine.front)
+    found = scrape(engine.metrics, FrontMetrics())
     assert values(found["quantgate_request_success"]) == {"length": 6}
     assert values(found["quantgate_generation_tokens"]) == {"": 72}
     assert values(found["quantgate_request_queue_time_seconds"], "_count") == {"normal": 6}

@@ -1,9 +1,8 @@
 """The routes. Each reads a body, makes requests of it, and answers in OpenAI's form."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from time import perf_counter, perf_counter_ns
 
 from fastapi import FastAPI
@@ -12,8 +11,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from quantgate_serve import exposition
+from quantgate_serve.client import EngineClient
 from quantgate_serve.detokenize import TextStream
-from quantgate_serve.engine import Engine
 from quantgate_serve.exposition import Exposition
 from quantgate_serve.http import exchange, responses, sse
 from quantgate_serve.http.errors import ApiError
@@ -36,7 +35,7 @@ class Service:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: EngineClient,
         vocabulary: Vocabulary,
         *,
         model_name: str,
@@ -137,14 +136,7 @@ class Service:
 def build_app(service: Service) -> FastAPI:
     """The ASGI application over `service`."""
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        exchange.connect(service.engine, asyncio.get_running_loop())
-        service.engine.start()
-        yield
-        service.engine.stop()
-
-    app = FastAPI(title="quantgate serve", lifespan=lifespan, openapi_url="/openapi.json")
+    app = FastAPI(title="quantgate serve", openapi_url="/openapi.json")
 
     @app.get("/health")
     async def health() -> Response:

@@ -1,6 +1,6 @@
 """One client's exchange with the engine: submit, wait or stream, give up when the client is gone.
 
-Runs on the event loop. The engine thread hands over all results of a step at once.
+Runs on the event loop.
 """
 
 import asyncio
@@ -10,11 +10,7 @@ from typing import TYPE_CHECKING
 from starlette.requests import Request as HttpRequest
 
 from quantgate_serve.admission import QueueFullError, RequestTooLongError
-from quantgate_serve.engine import (
-    Engine,
-    EngineStoppedError,
-    call_listeners,
-)
+from quantgate_serve.client import EngineClient, EngineStoppedError
 from quantgate_serve.http.errors import ApiError
 from quantgate_serve.request import Delta, Request
 
@@ -22,25 +18,15 @@ if TYPE_CHECKING:
     from quantgate_serve.request import RequestError
 
 
-_STATUS_OF = {"out_of_memory": 507, "deadline_exceeded": 504}
+# Of what may end a request; 500 for the rest.
+_STATUS_OF = {"out_of_memory": 507, "deadline_exceeded": 504, "engine_failed": 503}
 
 
 class ClientGoneError(Exception):
     """The client closed its connection before the answer was ready."""
 
 
-def connect(engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
-    """Have the engine tell its results on `loop`, with one wake-up per step."""
-
-    def deliver(deltas: list[Delta]) -> None:
-        # The loop is closed only when the process ends; nobody listens then.
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(call_listeners, deltas)
-
-    engine.deliver = deliver
-
-
-async def complete(engine: Engine, requests: Sequence[Request], http: HttpRequest) -> None:
+async def complete(engine: EngineClient, requests: Sequence[Request], http: HttpRequest) -> None:
     """Run `requests` to their end.
 
     Raises:
@@ -52,7 +38,7 @@ async def complete(engine: Engine, requests: Sequence[Request], http: HttpReques
 
     def listen(delta: Delta) -> None:
         nonlocal missing
-        missing -= 1
+        missing -= delta.is_last
         if missing == 0 and not done.done():
             done.set_result(None)
 
@@ -73,7 +59,7 @@ async def complete(engine: Engine, requests: Sequence[Request], http: HttpReques
             raise api_error(request.error)
 
 
-def open_stream(engine: Engine, requests: Sequence[Request]) -> AsyncIterator[Delta]:
+def open_stream(engine: EngineClient, requests: Sequence[Request]) -> AsyncIterator[Delta]:
     """Queue `requests` now; their deltas come out of the iterator.
 
     Raises:
@@ -94,14 +80,14 @@ async def _until_last(queue: asyncio.Queue[Delta], missing: int) -> AsyncIterato
         yield delta
 
 
-def submit(engine: Engine, requests: Sequence[Request]) -> None:
+def submit(engine: EngineClient, requests: Sequence[Request]) -> None:
     """Queue `requests` or say in HTTP terms why not."""
     try:
         engine.submit(requests)
     except RequestTooLongError as error:
         raise ApiError(400, str(error), code="context_length_exceeded") from error
     except EngineStoppedError as error:
-        raise ApiError(503, str(error), code="engine_failed") from error
+        raise ApiError(503, str(error), code="engine_failed", retry_after_s=1) from error
     except QueueFullError as error:
         raise ApiError(
             429, str(error), code=error.reason, retry_after_s=error.retry_after_s
@@ -109,8 +95,7 @@ def submit(engine: Engine, requests: Sequence[Request]) -> None:
 
 
 def api_error(error: "RequestError") -> ApiError:
-    status = _STATUS_OF.get(error.code, 500)
-    return ApiError(status, error.message, code=error.code)
+    return ApiError(_STATUS_OF.get(error.code, 500), error.message, code=error.code)
 
 
 async def _until_disconnected(http: HttpRequest) -> None:

@@ -7,7 +7,7 @@ from typing import Protocol
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from quantgate_serve.engine import Engine
+from quantgate_serve.client import EngineClient
 from quantgate_serve.http import exchange, responses
 from quantgate_serve.http.protocol import ChatBody, CompletionBody
 from quantgate_serve.request import Delta, Request
@@ -114,7 +114,7 @@ class EventStream(StreamingResponse):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: EngineClient,
         requests: Sequence[Request],
         form: Form,
         *,

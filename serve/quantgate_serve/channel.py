@@ -1,0 +1,223 @@
+"""What the front and the engine's process say to each other, and how it is written down.
+
+The front tokenises, detokenises and counts the queue; the engine sees token ids only. One message
+goes each way per engine step, however many requests it concerns.
+
+Messages are pickled tuples and lists. A step of 64 tokens takes 3 us to write and 6 us to read
+(marshal 4 and 6); a dataclass per token would take 250 us, so none is sent. Both ends are one
+program on one socket pair that no third party can open, which is what makes pickle safe here.
+"""
+
+import pickle
+import select
+import socket
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from quantgate_serve.admission import AdmissionLimits
+from quantgate_serve.config import ServerSettings
+from quantgate_serve.metrics import EngineMetrics
+from quantgate_serve.request import FinishReason, Request, TokenLogprob
+
+_HEADER = struct.Struct("<I")
+_READ_BYTES = 1 << 18
+
+# The engine has no use for the first two, and token_ids is prompt_ids until there is output.
+_FRONT_ONLY = ("listener", "text")
+_ENGINE_ONLY = ("token_ids", "pages", "num_computed", "logprobs", "prompt_logprobs")
+ASKED = tuple(f.name for f in fields(Request) if f.init and f.name not in _FRONT_ONLY)
+PROGRESS = tuple(f.name for f in fields(Request) if not f.init and f.name not in _ENGINE_ONLY)
+
+Logprob = tuple[int, float, tuple[tuple[int, float], ...], tuple[float, ...]]
+# A request's id, the tokens it got since it was last told of, and their log-probabilities.
+Growth = tuple[int, list[int], list[Logprob]]
+
+
+class ChannelClosedError(Exception):
+    """The other process has ended."""
+
+
+@dataclass(slots=True)
+class Start:
+    """The first message: what to load."""
+
+    settings: ServerSettings
+
+
+@dataclass(slots=True)
+class Submit:
+    """Requests to queue, all or none, as tuples of their `ASKED` fields."""
+
+    requests: list[tuple[Any, ...]]
+
+
+@dataclass(slots=True)
+class Abort:
+    """Requests to end now: their client left, or their stop string was found."""
+
+    ids: list[int]
+    reason: FinishReason
+
+
+@dataclass(slots=True)
+class Stop:
+    """End after the current step."""
+
+
+@dataclass(slots=True)
+class Refused:
+    """The model cannot be served at all; another attempt would not help."""
+
+    reason: str
+
+
+@dataclass(slots=True)
+class Loaded:
+    """The model is in memory: what the front needs to know of it. The warm-up follows."""
+
+    limits: AdmissionLimits
+    vocab_size: int
+    eos_ids: frozenset[int]
+    device_type: str
+    metrics: EngineMetrics
+
+
+@dataclass(slots=True)
+class Warm:
+    """The engine takes requests."""
+
+
+@dataclass(slots=True)
+class Ended:
+    """A request's end: its last growth, and its `PROGRESS` fields."""
+
+    growth: Growth
+    prompt_logprobs: list[Logprob]
+    progress: tuple[Any, ...]
+
+
+@dataclass(slots=True)
+class StepReport:
+    """What one step changed. `started` were computed for the first time."""
+
+    started: list[int]
+    grown: list[Growth]
+    ended: list[Ended]
+    # The engine's counts, when they are worth sending (see engine_process).
+    metrics: EngineMetrics | None
+
+
+Message = Start | Submit | Abort | Stop | Refused | Loaded | Warm | StepReport
+
+
+def asked(request: Request) -> tuple[Any, ...]:
+    """What the engine needs of `request`."""
+    return tuple(getattr(request, name) for name in ASKED)
+
+
+def request_of(values: tuple[Any, ...]) -> Request:
+    """The engine's own copy of a request."""
+    return Request(**dict(zip(ASKED, values, strict=True)))
+
+
+def progress(request: Request) -> tuple[Any, ...]:
+    return tuple(getattr(request, name) for name in PROGRESS)
+
+
+def set_progress(request: Request, values: tuple[Any, ...]) -> None:
+    for name, value in zip(PROGRESS, values, strict=True):
+        setattr(request, name, value)
+
+
+def plain_logprobs(entries: Sequence[TokenLogprob]) -> list[Logprob]:
+    return [(entry.token_id, entry.logprob, entry.top, entry.of_token_ids) for entry in entries]
+
+
+def token_logprobs(plain: Sequence[Logprob]) -> list[TokenLogprob]:
+    return [TokenLogprob(*entry) for entry in plain]
+
+
+def frame(message: Message) -> bytes:
+    """`message` as bytes with their length in front."""
+    body = pickle.dumps(message, protocol=5)
+    return _HEADER.pack(len(body)) + body
+
+
+class Frames:
+    """Takes bytes as they arrive and gives whole messages."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Message]:
+        self._buffer += data
+        messages: list[Message] = []
+        start = 0
+        while len(self._buffer) - start >= _HEADER.size:
+            (length,) = _HEADER.unpack_from(self._buffer, start)
+            end = start + _HEADER.size + length
+            if len(self._buffer) < end:
+                break
+            messages.append(pickle.loads(memoryview(self._buffer)[start + _HEADER.size : end]))
+            start = end
+        del self._buffer[:start]
+        return messages
+
+
+class Channel:
+    """The engine's end: never waits for the front to read.
+
+    What the front has not read yet is kept here. It is bounded by what was admitted: a front that
+    reads nothing submits nothing either.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self._socket = connection
+        self._frames = Frames()
+        self._unsent = bytearray()
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
+
+    def send(self, message: Message) -> None:
+        """Raises ChannelClosedError if nobody reads any more."""
+        self._unsent += frame(message)
+        self._flush()
+
+    def receive(self, timeout_s: float | None) -> list[Message]:
+        """What has arrived, waiting up to `timeout_s` (None: for ever) for the first message.
+
+        Raises:
+            ChannelClosedError: the front has ended.
+        """
+        if timeout_s != 0 or self._unsent:
+            self._wait(timeout_s)
+        messages: list[Message] = []
+        while True:
+            try:
+                data = self._socket.recv(_READ_BYTES)
+            except BlockingIOError:
+                return messages
+            except ConnectionError as error:
+                raise ChannelClosedError("the front has ended") from error
+            if not data:
+                raise ChannelClosedError("the front has ended")
+            messages += self._frames.feed(data)
+
+    def _wait(self, timeout_s: float | None) -> None:
+        writes = select.POLLOUT if self._unsent else 0
+        self._poll.modify(self._socket, select.POLLIN | writes)
+        self._poll.poll(None if timeout_s is None else timeout_s * 1000)
+        if self._unsent:
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent:
+                del self._unsent[: self._socket.send(self._unsent)]
+        except BlockingIOError:
+            return
+        except ConnectionError as error:
+            raise ChannelClosedError("the front has ended") from error
