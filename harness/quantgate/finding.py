@@ -20,7 +20,7 @@ from quantgate.measure import (
     Scalar,
     percentile,
 )
-from quantgate.statistics import binomial, blocks, bootstrap, noninferiority
+from quantgate.statistics import binomial, blocks, clusters, noninferiority
 from quantgate.statistics import percentile as percentile_test
 from quantgate.statistics.interval import Interval
 
@@ -68,7 +68,7 @@ def find(gate: Gate, measurement: Measured) -> Finding | NoFinding:
         case "non_inferiority", PairedBinary():
             return _find_paired_drop(gate, measurement)
         case "non_inferiority", Clustered(paired=True):
-            return _find_mean_drop(gate, measurement)
+            return _find_mean(gate, measurement)
     kind = type(measurement).__name__
     if isinstance(measurement, Clustered):
         kind = "Clustered (not paired)"
@@ -114,14 +114,17 @@ def _find_mean(gate: Gate, measured: Clustered) -> Finding | NoFinding:
     if too_few := _too_few_clusters(measured):
         return too_few
     totals, counts, confidence = measured.totals, measured.counts, gate.confidence
-    interval = bootstrap.ratio_interval(totals, counts, confidence=confidence)
-    effect = bootstrap.smallest_detectable_effect(totals, counts, confidence=confidence)
+    support = _support(measured)
+    interval = clusters.ratio_interval(totals, counts, confidence=confidence, support=support)
+    effect = clusters.smallest_detectable_effect(
+        totals, counts, confidence=confidence, support=support
+    )
     plain_limit = limit
     if measured.transform == "exp":
         plain_limit = math.log(limit) if limit > 0 else -math.inf
         effect = math.exp(interval.estimate) * math.expm1(effect)
-    n_required = bootstrap.required_clusters(
-        totals, counts, limit=plain_limit, confidence=confidence
+    n_required = clusters.required_clusters(
+        totals, counts, limit=plain_limit, confidence=confidence, support=support
     )
     if measured.transform == "exp":
         interval = Interval(
@@ -198,29 +201,21 @@ def _find_paired_drop(gate: Gate, measured: PairedBinary) -> Finding:
     )
 
 
-def _find_mean_drop(gate: Gate, measured: Clustered) -> Finding | NoFinding:
-    """Fractional scores lie in 0–1, so that their differences are bounded by 1."""
-    finding = _find_mean(gate, measured)
-    if isinstance(finding, Finding) and not any(measured.totals):
-        # Resampling zeros yields zeros. What the sample does say: clusters with any difference are
-        # rarer than this, and none can differ by more than 1.
-        rare = binomial.upper_bound(0, measured.n, confidence=gate.confidence)
-        return Finding(
-            unit=finding.unit,
-            limit=finding.limit,
-            interval=Interval(-rare, 0.0, rare),
-            n=finding.n,
-            n_required=binomial.trials_without_event(-finding.limit, confidence=gate.confidence),
-            smallest_detectable_effect=rare,
-            reason=f"no difference in {measured.n:,} clusters",
-        )
-    return finding
+def _support(measured: Clustered) -> clusters.Support:
+    """What bounds an observation. Scores lie in 0–1, so their differences in −1–1."""
+    if measured.unit == "1":
+        return clusters.SCORE_DIFFERENCES if measured.paired else clusters.SHARES
+    return clusters.UNBOUNDED if measured.paired else clusters.NON_NEGATIVE
 
 
 def _too_few_clusters(measured: Clustered) -> NoFinding | None:
-    if measured.n >= bootstrap.MIN_CLUSTERS:
+    effective = clusters.num_effective(measured.counts)
+    if effective >= clusters.MIN_CLUSTERS:
         return None
-    reason = f"too few samples: {measured.n} clusters, at least {bootstrap.MIN_CLUSTERS} needed"
+    found = f"{measured.n} clusters"
+    if effective < measured.n:
+        found += f" of unequal size, which weigh like {effective:.1f}"
+    reason = f"too few samples: {found}, at least {clusters.MIN_CLUSTERS} needed"
     return NoFinding(reason, measured.n)
 
 

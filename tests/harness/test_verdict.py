@@ -88,6 +88,15 @@ def clustered(mean: float, *, spread: float = 0.0, m: int = 40, **fields: Any) -
     )
 
 
+UNEQUAL = Clustered(
+    metric=KL.metric,
+    source="kl.parquet",
+    unit="nats",
+    totals=(1.0,) * 40,
+    counts=(100,) * 4 + (1,) * 36,
+)
+
+
 def counted(events: int, trials: int, metric: str = ERRORS.metric) -> Binomial:
     return Binomial(metric=metric, source="load", events=events, trials=trials)
 
@@ -230,7 +239,8 @@ def test_a_decided_verdict_names_no_required_n() -> None:
             clustered(0.0, unit="1", metric="quality/set.f1"),
             "cannot judge Clustered (not paired)",
         ),
-        (KL, clustered(0.01, m=19), "too few samples: 19 clusters, at least 20 needed"),
+        (KL, clustered(0.01, m=29), "too few samples: 29 clusters, at least 30 needed"),
+        (KL, UNEQUAL, "40 clusters of unequal size, which weigh like 4.7, at least 30 needed"),
         (SPEED, blocks(1.0, 1.0, 1.0), "too few samples: 3 blocks, at least 4 needed"),
         (
             gate(ERRORS.metric, "rate", max="1 %", min_n=500),
@@ -295,12 +305,35 @@ def test_no_fractional_difference_in_few_documents_is_not_proof() -> None:
     assert many.outcome is PASS
 
 
-def test_fractional_differences_are_judged_by_the_bootstrap() -> None:
+@pytest.mark.parametrize(("drop", "outcome"), [(0.001, PASS), (0.01, INCONCLUSIVE), (0.08, FAIL)])
+def test_fractional_differences_are_judged_by_cluster(drop: float, outcome: Outcome) -> None:
     rule = gate("quality/set.f1", "non_inferiority", margin="2 pt")
-    drop = clustered(-0.05, spread=0.001, unit="1", metric=rule.metric, paired=True)
-    assert judged(rule, drop).outcome is FAIL
-    few = clustered(0.0, unit="1", metric=rule.metric, paired=True, m=5)
-    assert judged(rule, few).outcome is INVALID
+    measured = clustered(-drop, spread=0.001, unit="1", metric=rule.metric, paired=True, m=180)
+    assert judged(rule, measured).outcome is outcome
+
+
+@pytest.mark.parametrize("lost", [0, 1, 2, 4, 8])
+def test_clusters_that_lost_something_never_prove_more_than_clusters_that_lost_nothing(
+    lost: int,
+) -> None:
+    rule = gate("quality/set.f1", "non_inferiority", margin="2 pt")
+
+    def lower(num_lost: int) -> float:
+        measured = Clustered(
+            metric=rule.metric,
+            source="items.parquet",
+            unit="1",
+            totals=(-0.2,) * num_lost + (0.0,) * (107 - num_lost),
+            counts=(5,) * 107,
+            paired=True,
+        )
+        verdict = judged(rule, measured)
+        assert verdict.outcome is INCONCLUSIVE
+        assert verdict.lower is not None
+        return verdict.lower
+
+    assert lower(lost + 1) < lower(lost) <= -2.76
+    assert lower(lost + 1) > lower(lost) - 0.1
 
 
 @PROPERTY
@@ -522,7 +555,7 @@ def test_a_variant_measured_on_another_scheme_is_invalid(policy: Policy) -> None
 
 
 def test_judging_a_release_of_four_variants_takes_less_than_a_second(policy: Policy) -> None:
-    """The dear ones: bootstraps over 400 items and 120 documents, and their required n."""
+    """The dear ones: intervals over 400 items and 120 documents, and their required n."""
     f1 = gate("quality/set.f1", "non_inferiority", margin="2 pt")
     items = clustered(-0.02, spread=0.3, unit="1", metric=f1.metric, paired=True, m=400)
     documents = clustered(0.06, spread=0.05, m=120)
