@@ -77,10 +77,13 @@ async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
         EngineStoppedError: it died while loading, or too often.
     """
     from quantgate_serve.client import EngineClient
+    from quantgate_serve.engine_child import EngineThread, launch_process
     from quantgate_serve.http.app import Service, build_app
     from quantgate_serve.vocabulary import Vocabulary
 
-    engine = EngineClient(settings)
+    engine = EngineClient(
+        settings, launch=launch_process if settings.engine_process else EngineThread
+    )
     loading = asyncio.create_task(engine.start())
     # Beside the engine, which reads the weights meanwhile.
     vocabulary = asyncio.create_task(asyncio.to_thread(Vocabulary.load, settings.model))
@@ -157,6 +160,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-body-bytes", type=int, help="beyond this, 413")
     parser.add_argument("--drain-timeout-s", type=float, help="seconds to finish after SIGTERM")
+    parser.add_argument(
+        "--engine-process",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="run the model in a process of its own (default on; off for a debugger)",
+    )
+    parser.add_argument(
+        "--engine-start-timeout-s", type=float, help="the same while it loads and warms up"
+    )
     parser.add_argument(
         "--engine-timeout-s", type=float, help="seconds of silence after which the engine is killed"
     )

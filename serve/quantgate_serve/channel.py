@@ -81,6 +81,8 @@ class Loaded:
     vocab_size: int
     eos_ids: frozenset[int]
     device_type: str
+    # What is left on a CUDA device once this engine has all it takes; None on the CPU.
+    free_device_bytes: int | None
     metrics: EngineMetrics
 
 

@@ -1,44 +1,31 @@
 """The front's engine: what the routes call, whichever process computes.
 
-Lives on the event loop. Counts the queue, turns an engine's reports into text and deltas, and
-answers everyone when an engine dies.
+Lives on the event loop. Counts the queue, hands requests to the engine that serves, answers
+everyone when an engine dies, starts the next one, and changes engines without losing a request.
 """
 
 import asyncio
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from time import monotonic, perf_counter_ns
 from typing import Any
 
+from quantgate_serve import transcript
 from quantgate_serve.admission import Admission, AdmissionLimits, QueueFullError
-from quantgate_serve.channel import (
-    Abort,
-    Ended,
-    Growth,
-    Loaded,
-    Message,
-    StepReport,
-    Submit,
-    asked,
-    set_progress,
-    token_logprobs,
-)
+from quantgate_serve.channel import Abort, Loaded, Message, StepReport, Submit, asked
 from quantgate_serve.config import ServerSettings
-from quantgate_serve.engine_child import ChildState, EngineChild
+from quantgate_serve.engine_child import ChildState, EngineChild, Launch, launch_process
 from quantgate_serve.memory import peak_resident_bytes
 from quantgate_serve.metrics import EngineMetrics, FrontMetrics
-from quantgate_serve.request import Delta, FinishReason, Request, RequestError, RequestState
+from quantgate_serve.request import FinishReason, Request, RequestError, RequestState
+from quantgate_serve.restarts import Restarts
+from quantgate_serve.room import fits_beside
 
 _log = logging.getLogger(__name__)
 # What comes during the warm-up waits in the engine's queue.
 _TAKES_REQUESTS = (ChildState.WARMING, ChildState.SERVING)
 _WATCH_INTERVAL_S = 0.5
-# A restart waits this long, twice as long after each further death, up to the last.
-_FIRST_BACKOFF_S = 0.1
-_LAST_BACKOFF_S = 30.0
-# An engine that has served for so long starts a new count of deaths.
-_STEADY_S = 60.0
 
 
 class EngineStoppedError(Exception):
@@ -50,52 +37,63 @@ class ModelRefusedError(Exception):
 
 
 class EngineClient:
-    """One engine, kept alive. Every method is for the event loop's thread."""
+    """One engine, kept alive. Every method but `metrics` is for the event loop's thread."""
 
     limits: AdmissionLimits
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, *, launch: Launch = launch_process) -> None:
         # What is counted here, outside the engine.
         self.front = FrontMetrics()
         # Why the server must end, once restarting is no use.
         self.failure: Exception | None = None
-        self._settings = settings
+        # Grows with each change of weights: what was computed with others is void.
+        self.epoch = 0
+        self.settings = settings
+        self._launch = launch
         self._admission: Admission | None = None
         self._queued: set[int] = set()
-        self._child: EngineChild | None = None
-        # What the present engine last said, and what those before it had counted.
-        self._engine_metrics = EngineMetrics()
+        self._serving: EngineChild | None = None
+        # Coming up to take over, or finishing what it owes.
+        self._others: list[EngineChild] = []
+        # New requests wait here while one engine must end before the next can load.
+        self._held: dict[int, Request] | None = None
+        # What engines that are gone had counted.
         self._metrics_before = EngineMetrics()
-        self._num_deaths = 0
-        self._warm_s = 0.0
+        self._restarts = Restarts(settings.max_engine_restarts)
         self._is_stopping = False
-        self._loaded: asyncio.Future[Loaded]
         self._background: set[asyncio.Task[None]] = set()
 
     async def start(self) -> Loaded:
-        """Start the engine's process and wait until its model is loaded; it then warms up.
+        """Start the engine and wait until its model is loaded; it then warms up.
 
         Raises:
             ModelRefusedError: the model can never be served.
             EngineStoppedError: the engine died while loading.
         """
-        self._loaded = asyncio.get_running_loop().create_future()
-        await self._start_child()
-        loaded = await self._loaded
+        child = self._new_child(self.settings)
+        self._serving = child
+        try:
+            await child.start()
+        except OSError as error:
+            raise EngineStoppedError(f"the engine cannot be started: {error}") from error
         self._in_background(self._watch())
-        return loaded
+        await child.has_loaded.wait()
+        if child.loaded is None:
+            raise self.failure or EngineStoppedError("stopped while loading")
+        return child.loaded
 
     async def stop(self) -> None:
         """End the engine; what is unfinished is told so."""
         self._is_stopping = True
         for task in self._background:
             task.cancel()
-        if self._child is not None:
-            await self._child.stop()
+        await asyncio.gather(*(child.stop() for child in self._children() if child.pid))
 
     @property
     def is_warm(self) -> bool:
-        return self._child is not None and self._child.state is ChildState.SERVING
+        """Whether requests are taken now; while one engine replaces another they are."""
+        child = self._serving
+        return child is not None and (child.state is ChildState.SERVING or self._held is not None)
 
     @property
     def is_alive(self) -> bool:
@@ -104,18 +102,23 @@ class EngineClient:
 
     @property
     def metrics(self) -> EngineMetrics:
-        """A copy of what this server's engines have counted, the present one's gauges with it.
+        """A copy of what this server's engines have counted, with the gauges of the serving one.
 
-        The peak is of device memory on CUDA; else of this process and the engine's together.
+        The peak is of device memory on CUDA; else of the resident memory of this process and the
+        engine's together, and of both engines while one replaces the other.
         """
-        engine = copy.deepcopy(self._engine_metrics)
-        engine.add(self._metrics_before)
-        peak = engine.now.peak_memory_bytes
-        child = self._child
-        if child is not None and child.loaded is not None and child.loaded.device_type == "cpu":
+        children = list(self._children())
+        serving = self._serving
+        total = EngineMetrics() if serving is None else copy.deepcopy(serving.metrics)
+        for child in children:
+            if child is not serving:
+                total.add(child.metrics)
+        total.add(self._metrics_before)
+        peak = sum(child.metrics.now.peak_memory_bytes for child in children)
+        if any(child.loaded and child.loaded.device_type == "cpu" for child in children):
             peak += peak_resident_bytes()
-        engine.now.peak_memory_bytes = max(peak, self._metrics_before.now.peak_memory_bytes)
-        return engine
+        total.now.peak_memory_bytes = max(peak, self._metrics_before.now.peak_memory_bytes)
+        return total
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue `requests`, all or none.
@@ -125,8 +128,9 @@ class EngineClient:
             RequestTooLongError: one can never fit.
             QueueFullError: too much is queued already.
         """
-        child, admission = self._child, self._admission
-        if child is None or admission is None or child.state not in _TAKES_REQUESTS:
+        child, admission = self._serving, self._admission
+        is_taking = self._held is not None or (child and child.state in _TAKES_REQUESTS)
+        if child is None or admission is None or not is_taking or not self.is_alive:
             raise EngineStoppedError(self._stopped_text())
         try:
             admission.enter(requests)
@@ -137,16 +141,100 @@ class EngineClient:
             # Its text is made here, and a stop string in it ends it early.
             request.is_streaming = request.is_streaming or request.text is not None
             self._queued.add(request.id)
-            child.in_flight[request.id] = request
-        child.send(Submit([asked(request) for request in requests]))
+        if self._held is not None:
+            self._held |= {request.id: request for request in requests}
+        else:
+            _hand_over(child, requests)
 
     def abort(self, requests: Sequence[Request]) -> None:
         """Stop working on `requests` before the next step; finished ones are left alone."""
         unfinished = [request for request in requests if not request.is_finished]
         for request in unfinished:
             self._end(request, FinishReason.ABORT)
-        if unfinished and self._child is not None:
-            self._forget(self._child, unfinished, FinishReason.ABORT)
+            if self._held is not None:
+                self._held.pop(request.id, None)
+        for child in self._children():
+            self._forget(child, unfinished, FinishReason.ABORT)
+
+    async def replace(self, settings: ServerSettings) -> str:
+        """Serve other weights from now on; no request fails of it. Gives what happened, in words.
+
+        The new engine loads and warms up beside the old one if memory allows; else new requests
+        wait until the old one has answered what it owes and the new one is warm.
+
+        Raises:
+            ModelRefusedError, EngineStoppedError: the new engine cannot serve; the old one does.
+        """
+        old = self._serving
+        if old is None or old.state is not ChildState.SERVING or old.loaded is None:
+            raise EngineStoppedError(f"nothing to replace: {self._stopped_text()}")
+        if self._others:
+            raise EngineStoppedError("another replacement is under way. Try again when it is done.")
+        refused = fits_beside(old.loaded, old.settings, settings)
+        if refused is None:
+            await self._take_over(settings)
+            return "the new weights were loaded beside the old ones"
+        _log.info("%s: new requests wait until the old engine is drained", refused)
+        await self._replace_after(old, settings)
+        return f"the old engine was drained first ({refused})"
+
+    async def _replace_after(self, old: EngineChild, settings: ServerSettings) -> None:
+        self._held = {}
+        self._others.append(old)
+        try:
+            await old.drain()
+            await self._take_over(settings)
+        except (ModelRefusedError, EngineStoppedError):
+            _log.error("the new weights cannot be served; loading the old ones again")
+            await self._take_over(old.settings)
+            raise
+        finally:
+            held, self._held = list(self._held.values()), None
+            child = self._serving
+            if child is not None and child.state is ChildState.SERVING:
+                _hand_over(child, held)
+            else:
+                self._fail(held, "neither the new weights nor the old ones can be loaded")
+                if not self._is_stopping:
+                    self.failure = EngineStoppedError("no weights can be loaded any more.")
+
+    async def _take_over(self, settings: ServerSettings) -> None:
+        """Load and warm up an engine, have it serve, and let the one before it finish."""
+        child = self._new_child(settings)
+        self._others.append(child)
+        try:
+            await self._warm(child)
+        finally:
+            if child in self._others:
+                self._others.remove(child)
+        # Not always the engine that served when this began: that may have died and come again.
+        before = self._serving
+        self._switch(child)
+        if before is not None and before.state is not ChildState.GONE:
+            self._others.append(before)
+            self._in_background(before.drain())
+
+    async def _warm(self, child: EngineChild) -> None:
+        try:
+            await child.start()
+        except OSError as error:
+            raise EngineStoppedError(f"the engine cannot be started: {error}") from error
+        await child.has_warmed.wait()
+        if child.state is not ChildState.SERVING:
+            if child.refusal is not None:
+                raise ModelRefusedError(child.refusal)
+            raise EngineStoppedError(f"the new engine ended while it loaded ({child.exit_text}).")
+
+    def _switch(self, child: EngineChild) -> None:
+        assert child.loaded is not None
+        self.settings = child.settings
+        self._serving = child
+        self.epoch += 1
+        self.limits = child.loaded.limits
+        if self._admission is not None:
+            self._admission.limits = self.limits
+        self._restarts.serve(monotonic())
+        _log.info("serving %s (process %s)", child.settings.model, child.pid)
 
     # What the engine says.
 
@@ -154,55 +242,39 @@ class EngineClient:
         match message:
             case StepReport():
                 self._take_report(child, message)
+            case Loaded() if self._admission is None:
+                self.limits = message.limits
+                self._admission = Admission(message.limits)
+            case _ if child is self._serving and child.state is ChildState.SERVING:
+                self._restarts.serve(monotonic())
+                _log.info("the engine is warm (process %s)", child.pid)
             case _:
-                self._take_news(child)
-
-    def _take_news(self, child: EngineChild) -> None:
-        if child.loaded is None:
-            return
-        if self._admission is None:
-            self._admission = Admission(child.loaded.limits)
-            self.limits = child.loaded.limits
-        self._engine_metrics = child.loaded.metrics
-        if not self._loaded.done():
-            self._loaded.set_result(child.loaded)
-        if child.state is ChildState.SERVING:
-            self._warm_s = monotonic()
-            _log.info("the engine is warm (process %s)", child.pid)
+                pass
 
     def _take_report(self, child: EngineChild, report: StepReport) -> None:
         if report.metrics is not None:
-            self._engine_metrics = report.metrics
-            if self._admission is not None:
+            child.metrics = report.metrics
+            if self._admission is not None and child is self._serving:
                 self._admission.tokens_per_s = report.metrics.now.service_tokens_per_s
         for id in report.started:
-            self._leave_queue(child.in_flight.get(id))
+            if id in child.in_flight:
+                self._leave_queue(child.in_flight[id])
         stopped: list[Request] = []
         for growth in report.grown:
             request = child.in_flight.get(growth[0])
             if request is None:
                 continue
-            if _grow(request, growth):
+            if transcript.grow(request, growth):
                 self._end(request, FinishReason.STOP)
                 stopped.append(request)
-            _tell(request)
-        if stopped:
-            self._forget(child, stopped, FinishReason.STOP)
+            transcript.tell(request)
+        self._forget(child, stopped, FinishReason.STOP)
         for ended in report.ended:
-            request = child.in_flight.pop(ended.growth[0], None)
+            request = child.settle(ended.growth[0])
             if request is not None:
-                self._take_end(request, ended)
-
-    def _take_end(self, request: Request, ended: Ended) -> None:
-        request.prompt_logprobs += token_logprobs(ended.prompt_logprobs)
-        set_progress(request, ended.progress)
-        if _grow(request, ended.growth):
-            request.finish_reason = FinishReason.STOP
-            request.ended_by_eos = False
-        if request.text is not None:
-            request.text.finish()
-        self._leave_queue(request)
-        _tell(request)
+                transcript.end(request, ended)
+                self._leave_queue(request)
+                transcript.tell(request)
 
     def _end(self, request: Request, reason: FinishReason) -> None:
         """End `request` by the front's own decision."""
@@ -211,111 +283,107 @@ class EngineClient:
         request.finished_ns = perf_counter_ns()
         self._leave_queue(request)
 
-    def _forget(self, child: EngineChild, requests: list[Request], reason: FinishReason) -> None:
-        ids = [request.id for request in requests if child.in_flight.pop(request.id, None)]
+    def _fail(self, requests: Sequence[Request], reason: str) -> None:
+        for request in requests:
+            request.error = RequestError(f"{reason}. Send the request again.", "engine_failed")
+            self._end(request, FinishReason.ERROR)
+            transcript.tell(request)
+
+    def _forget(
+        self, child: EngineChild, requests: Sequence[Request], reason: FinishReason
+    ) -> None:
+        ids = [request.id for request in requests if child.settle(request.id)]
         if ids:
             child.send(Abort(ids, reason))
 
-    def _leave_queue(self, request: Request | None) -> None:
-        if request is not None and request.id in self._queued and self._admission is not None:
+    def _leave_queue(self, request: Request) -> None:
+        if request.id in self._queued and self._admission is not None:
             self._queued.discard(request.id)
             self._admission.leave(request)
 
-    # Life and death of the engine.
+    # Life and death of engines.
 
-    async def _start_child(self) -> None:
-        self._child = EngineChild(self._settings, on_message=self._hear, on_gone=self._bury)
-        await self._child.start()
+    def _children(self) -> Iterator[EngineChild]:
+        if self._serving is not None:
+            yield self._serving
+        yield from (child for child in self._others if child is not self._serving)
+
+    def _new_child(self, settings: ServerSettings) -> EngineChild:
+        return EngineChild(settings, self._launch, on_message=self._hear, on_gone=self._bury)
 
     def _bury(self, child: EngineChild) -> None:
         """`child` has ended: answer everyone it owed, and start another or give up."""
         reason = f"the engine's process has ended ({child.exit_text})"
-        unfinished = list(child.in_flight.values())
-        child.in_flight.clear()
-        for request in unfinished:
-            request.error = RequestError(f"{reason}. Send the request again.", "engine_failed")
-            self._end(request, FinishReason.ERROR)
-            _tell(request)
-        self._metrics_before, self._engine_metrics = self.metrics, EngineMetrics()
-        if self._is_stopping:
+        unfinished = [child.settle(id) for id in list(child.in_flight)]
+        self._fail([request for request in unfinished if request is not None], reason)
+        peak_bytes = self.metrics.now.peak_memory_bytes
+        child.metrics.now = EngineMetrics().now
+        self._metrics_before.add(child.metrics)
+        self._metrics_before.now.peak_memory_bytes = peak_bytes
+        child.metrics = EngineMetrics()
+        if child in self._others:
+            self._others.remove(child)
             return
-        if not self._loaded.done():
-            error = (
-                EngineStoppedError(f"{reason} while it loaded the model; see its log.")
-                if child.refusal is None
-                else ModelRefusedError(child.refusal)
-            )
-            self._loaded.set_exception(error)
+        if self._is_stopping or self._held is not None:
             return
         _log.error("%s; %d requests were told so", reason, len(unfinished))
         if child.refusal is not None:
             self.failure = ModelRefusedError(child.refusal)
             return
-        if monotonic() - self._warm_s > _STEADY_S:
-            self._num_deaths = 0
-        self._num_deaths += 1
-        if self._num_deaths > self._settings.max_engine_restarts:
-            self.failure = EngineStoppedError(
-                f"{reason}, the {self._num_deaths}th time without a minute of service between."
-            )
-            _log.error("%s Giving up.", self.failure)
+        if self._admission is None:
+            self.failure = EngineStoppedError(f"{reason} while it loaded the model; see its log.")
             return
-        self._in_background(self._restart())
+        pause_s = self._restarts.die(monotonic())
+        if pause_s is None:
+            self.failure = EngineStoppedError(
+                f"{reason}; it has died {self._restarts.num_deaths} times without a minute of "
+                "service between. Giving up."
+            )
+            return
+        self._in_background(self._restart(child, pause_s))
 
-    async def _restart(self) -> None:
-        delay = min(_FIRST_BACKOFF_S * 2 ** (self._num_deaths - 1), _LAST_BACKOFF_S)
-        _log.info("starting the engine again in %.1f s", delay)
-        await asyncio.sleep(delay)
+    async def _restart(self, dead: EngineChild, pause_s: float) -> None:
+        _log.info("starting the engine again in %.1f s", pause_s)
+        await asyncio.sleep(pause_s)
+        await dead.has_gone.wait()  # with the memory that it held
+        if self._serving is not dead:
+            return  # replaced meanwhile
         self.front.engine_restarts += 1
-        await self._start_child()
+        self._serving = self._new_child(dead.settings)
+        try:
+            await self._serving.start()
+        except OSError as error:
+            self.failure = EngineStoppedError(f"the engine cannot be started again: {error}")
 
     async def _watch(self) -> None:
-        """Kill an engine that owes answers and has been silent for too long."""
-        bound = self._settings.engine_timeout_s
+        """Kill an engine that loads, or owes answers, and has been silent for too long."""
         while True:
-            await asyncio.sleep(min(_WATCH_INTERVAL_S, bound / 4))
-            child = self._child
-            if child is None or child.state is not ChildState.SERVING:
-                continue
-            if not child.in_flight:
-                child.heard_s = monotonic()  # it owes nothing, so it need not say anything
-            elif monotonic() - child.heard_s > bound:
-                _log.error("the engine has been silent for %g s with work to do: killed", bound)
-                child.kill()
+            await asyncio.sleep(min(_WATCH_INTERVAL_S, self.settings.engine_timeout_s / 4))
+            now = monotonic()
+            for child in self._children():
+                if child.state is ChildState.SERVING and not child.in_flight:
+                    child.heard_s = now  # it owes nothing, so it need not say anything
+                bound_s = (
+                    child.settings.engine_timeout_s
+                    if child.state is ChildState.SERVING
+                    else child.settings.engine_start_timeout_s
+                )
+                if child.state is not ChildState.GONE and now - child.heard_s > bound_s:
+                    _log.error("the engine has been silent for %g s: killed", bound_s)
+                    child.kill()
 
-    def _in_background(self, work: Any) -> None:
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
     def _stopped_text(self) -> str:
-        if self.failure is not None or self._is_stopping:
+        if not self.is_alive:
             return "the engine has stopped; start the server again."
         return "the engine is being restarted. Try again in some seconds."
 
 
-def _grow(request: Request, growth: Growth) -> bool:
-    """Add tokens and text; True if a stop string ended it, which cuts what came after."""
-    _, tokens, logprobs = growth
-    entries = token_logprobs(logprobs)
-    if request.text is None:
-        request.token_ids += tokens
-        request.logprobs += entries
-        return False
-    for index, token in enumerate(tokens):
-        request.token_ids.append(token)
-        if entries:
-            request.logprobs.append(entries[index])
-        is_end = request.ended_by_eos and index == len(tokens) - 1
-        if not is_end:
-            request.text.push(token)
-        if request.text.is_stopped:
-            return True
-    return False
-
-
-def _tell(request: Request) -> None:
-    if request.listener is not None:
-        is_last = request.is_finished
-        text = "" if request.text is None else request.text.take(final=is_last)
-        request.listener(Delta(request, request.num_output, text, is_last))
+def _hand_over(child: EngineChild, requests: Sequence[Request]) -> None:
+    for request in requests:
+        child.owe(request)
+    child.send(Submit([asked(request) for request in requests]))

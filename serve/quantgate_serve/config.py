@@ -44,8 +44,12 @@ class ServerSettings(BaseModel):
     drain_timeout_s: float = Field(default=20.0, ge=0)
     # An engine that has work and says nothing for so long is killed and started again.
     engine_timeout_s: float = Field(default=60.0, gt=0)
+    # The same while it loads and warms up: reading the weights says nothing either.
+    engine_start_timeout_s: float = Field(default=900.0, gt=0)
     # Deaths without a minute of service between them; with one more the server exits.
     max_engine_restarts: int = Field(default=5, ge=0)
+    # False computes in a thread of the server's own process, for debuggers and profilers.
+    engine_process: bool = True
     served_model_name: str | None = None
     prefix_cache: bool = True
     # Most tokens that the prefix cache remembers; None lets it have the whole pool.

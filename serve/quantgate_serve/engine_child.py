@@ -1,4 +1,4 @@
-"""One engine process as its front sees it: started, spoken to, and gone.
+"""One engine as its front sees it: started, spoken to, and gone.
 
 It knows the requests that this engine still owes an answer, and nothing of restarts or reloads.
 """
@@ -6,19 +6,94 @@ It knows the requests that this engine still owes an answer, and nothing of rest
 import asyncio
 import contextlib
 import enum
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from time import monotonic
+from typing import Protocol
 
 from quantgate_serve.channel import Frames, Loaded, Message, Refused, Start, Stop, Warm, frame
 from quantgate_serve.config import ServerSettings
+from quantgate_serve.metrics import EngineMetrics
 from quantgate_serve.request import Request
 
+_log = logging.getLogger(__name__)
 _STOP_S = 10.0
+_EXIT_CODE_S = 1.0
+
+
+class Host(Protocol):
+    """What runs the engine: a process, or a thread of this one. As subprocess.Popen has it."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def kill(self) -> None: ...
+    def wait(self) -> int: ...
+
+
+Launch = Callable[[socket.socket], Host]
+
+
+def launch_process(theirs: socket.socket) -> Host:
+    """Run the engine in a process of its own, on its end of the socket pair.
+
+    Raises:
+        OSError: there is no memory or no process left for it.
+    """
+    descriptor = theirs.fileno()
+    command = [sys.executable, "-m", "quantgate_serve.engine_process"]
+    return subprocess.Popen(
+        [*command, str(descriptor), str(os.getpid())],
+        stdin=subprocess.DEVNULL,
+        pass_fds=(descriptor,),
+    )
+
+
+class EngineThread:
+    """The engine in a thread of this process: for a debugger or a profiler, not for production.
+
+    It shares the interpreter with the front, and what kills it kills both.
+    """
+
+    def __init__(self, theirs: socket.socket) -> None:
+        self._socket = theirs.dup()
+        self._code: int | None = None
+        self.pid = os.getpid()
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def poll(self) -> int | None:
+        return self._code
+
+    def kill(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def wait(self) -> int:
+        self._thread.join(_STOP_S)
+        return self._code or 0
+
+    def _work(self) -> None:
+        from quantgate_serve.channel import Channel, ChannelClosedError
+        from quantgate_serve.engine_process import host
+
+        try:
+            host(Channel(self._socket))
+            self._code = 0
+        except ChannelClosedError:
+            self._code = 0
+        # As a process would: it ends, and the front sees its socket close.
+        except Exception as error:
+            _log.error("the engine has failed", exc_info=error)
+            self._code = 1
+        finally:
+            self._socket.close()
 
 
 class ChildState(enum.Enum):
@@ -29,11 +104,12 @@ class ChildState(enum.Enum):
 
 
 class EngineChild(asyncio.Protocol):
-    """A running engine process and the socket to it."""
+    """A running engine and the socket to it."""
 
     def __init__(
         self,
         settings: ServerSettings,
+        launch: Launch,
         *,
         on_message: Callable[["EngineChild", Message], None],
         on_gone: Callable[["EngineChild"], None],
@@ -41,41 +117,47 @@ class EngineChild(asyncio.Protocol):
         self.settings = settings
         self.state = ChildState.LOADING
         self.in_flight: dict[int, Request] = {}
+        self.metrics = EngineMetrics()
         self.loaded: Loaded | None = None
         # Why the model can never be served, if the engine said so.
         self.refusal: str | None = None
         # When the engine last said anything, for the watchdog.
         self.heard_s = monotonic()
+        # Set when it has loaded, when it serves, when it owes nothing, each also when it is lost,
+        # and when nothing is left of it.
+        self.has_loaded = asyncio.Event()
+        self.has_warmed = asyncio.Event()
+        self.has_gone = asyncio.Event()
+        self.has_no_work = asyncio.Event()
+        self._launch = launch
         self._on_message = on_message
         self._on_gone = on_gone
         self._frames = Frames()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._host: Host | None = None
         self._transport: asyncio.WriteTransport | None = None
-        self._gone = asyncio.Event()
+        self._reaping: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the process; what it says arrives through `on_message`."""
+        """Start it; what it says arrives through `on_message`.
+
+        Raises:
+            OSError: it cannot be started.
+        """
         ours, theirs = socket.socketpair()
         with theirs:
-            descriptor = theirs.fileno()
-            command = [sys.executable, "-m", "quantgate_serve.engine_process"]
-            self._process = subprocess.Popen(
-                [*command, str(descriptor), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(descriptor,),
-            )
+            self._host = self._launch(theirs)
         ours.setblocking(False)
         await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
         self.send(Start(self.settings))
 
     @property
     def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
+        return None if self._host is None else self._host.pid
 
     @property
     def exit_text(self) -> str:
-        """How the process ended, in words."""
-        code = None if self._process is None else self._process.poll()
+        """How it ended, in words."""
+        code = None if self._host is None else self._host.poll()
         if code is None:
             return "its socket closed"
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
@@ -85,18 +167,36 @@ class EngineChild(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(frame(message))
 
+    def owe(self, request: Request) -> None:
+        """`request` is now this engine's to answer."""
+        self.in_flight[request.id] = request
+        self.has_no_work.clear()
+
+    def settle(self, request_id: int) -> Request | None:
+        """The request is no longer this engine's; None if it never was."""
+        request = self.in_flight.pop(request_id, None)
+        if not self.in_flight:
+            self.has_no_work.set()
+        return request
+
     def kill(self) -> None:
         """End it at once; `on_gone` follows."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.kill()
+        if self._host is not None and self._host.poll() is None:
+            self._host.kill()
+
+    async def drain(self) -> None:
+        """Wait until it owes nothing or is gone, then end it."""
+        if self.in_flight:
+            await self.has_no_work.wait()
+        await self.stop()
 
     async def stop(self) -> None:
         """Have it end after its current step, or kill it if that takes long."""
         self.send(Stop())
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._gone.wait(), _STOP_S)
+            await asyncio.wait_for(self.has_gone.wait(), _STOP_S)
         self.kill()
-        await self._gone.wait()
+        await self.has_gone.wait()
 
     # asyncio's side.
 
@@ -110,9 +210,12 @@ class EngineChild(asyncio.Protocol):
             match message:
                 case Loaded():
                     self.loaded = message
+                    self.metrics = message.metrics
                     self.state = ChildState.WARMING
+                    self.has_loaded.set()
                 case Warm():
                     self.state = ChildState.SERVING
+                    self.has_warmed.set()
                 case Refused():
                     self.refusal = message.reason
                 case _:
@@ -122,11 +225,17 @@ class EngineChild(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.state = ChildState.GONE
         self.kill()
-        asyncio.get_running_loop().create_task(self._reap())
+        self._reaping = asyncio.get_running_loop().create_task(self._reap())
 
     async def _reap(self) -> None:
-        if self._process is not None:
-            # A process that closed its socket or was killed is gone in a moment.
-            await asyncio.to_thread(self._process.wait)
-        self._gone.set()
+        if self._host is None:
+            return
+        ended = asyncio.ensure_future(asyncio.to_thread(self._host.wait))
+        # Mostly gone in a moment, and then its exit code is known. A process that has much memory
+        # to give back takes longer, and nobody shall wait for that to be told.
+        await asyncio.wait({ended}, timeout=_EXIT_CODE_S)
         self._on_gone(self)
+        for event in (self.has_loaded, self.has_warmed, self.has_no_work):
+            event.set()
+        await ended
+        self.has_gone.set()

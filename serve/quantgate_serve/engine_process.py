@@ -37,6 +37,7 @@ from quantgate_serve.channel import (
 )
 from quantgate_serve.engine import Engine, Step
 from quantgate_serve.loading import UnsupportedModelError
+from quantgate_serve.memory import free_device_bytes
 from quantgate_serve.request import FinishReason, Request, RequestError, RequestState
 from quantgate_serve.startup import build_engine, load_for_serving
 
@@ -83,6 +84,7 @@ def host(channel: Channel) -> None:
                 loaded.vocab_size,
                 loaded.eos_ids,
                 loaded.device.type,
+                free_device_bytes(loaded.device),
                 engine.metrics,
             )
         )

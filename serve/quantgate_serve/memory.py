@@ -18,6 +18,11 @@ def read_memory(gauges: EngineGauges, device: torch.device) -> None:
     gauges.cuda_ooms = int(stats.get("num_ooms", 0))
 
 
+def free_device_bytes(device: torch.device) -> int | None:
+    """What no process holds of a CUDA device; None on the CPU."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
+
+
 def peak_resident_bytes() -> int:
     """Most resident memory of this process (Linux counts it in KiB)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

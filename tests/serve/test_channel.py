@@ -1,0 +1,120 @@
+"""What crosses between the two processes arrives whole, and nobody waits for the other to read."""
+
+import socket
+from dataclasses import fields
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantgate_serve.channel import (
+    ASKED,
+    PROGRESS,
+    Abort,
+    Channel,
+    ChannelClosedError,
+    Frames,
+    Message,
+    StepReport,
+    Submit,
+    asked,
+    frame,
+    plain_logprobs,
+    progress,
+    request_of,
+    set_progress,
+    token_logprobs,
+)
+from quantgate_serve.detokenize import TextStream
+from quantgate_serve.request import (
+    FinishReason,
+    Request,
+    RequestError,
+    RequestState,
+    SamplingParams,
+    TokenLogprob,
+)
+
+
+def some_messages() -> list[Message]:
+    request = Request([5, 6, 7], SamplingParams(stop=("x",), seed=3), eos_ids=frozenset([1]))
+    return [
+        Submit([asked(request)]),
+        Abort([request.id], FinishReason.STOP),
+        StepReport([1], [(1, [9], [(9, -0.5, ((9, -0.5),), ())])], [], None),
+    ]
+
+
+@given(cuts=st.lists(st.integers(1, 60), min_size=1, max_size=40))
+def test_messages_are_the_same_however_their_bytes_are_cut(cuts: list[int]) -> None:
+    messages = some_messages()
+    data = b"".join(frame(message) for message in messages)
+    frames, found, at = Frames(), [], 0
+    for cut in [*cuts, len(data)]:
+        found += frames.feed(data[at : at + cut])
+        at += cut
+    found += frames.feed(data[at:])
+    assert found == messages
+
+
+def test_every_field_of_a_request_is_asked_or_progress_or_stays_on_its_side() -> None:
+    stay = {"listener", "text", "token_ids", "pages", "num_computed", "logprobs", "prompt_logprobs"}
+    assert sorted([*ASKED, *PROGRESS, *stay]) == sorted(item.name for item in fields(Request))
+
+
+def test_a_copy_asks_for_the_same_and_takes_no_text_along() -> None:
+    request = Request(
+        [5, 6],
+        SamplingParams(max_tokens=3, temperature=0.5),
+        text=TextStream(lambda ids: "", stop=["a"]),
+        listener=lambda delta: None,
+    )
+    copy = request_of(asked(request))
+    assert (copy.text, copy.listener) == (None, None)
+    assert asked(copy) == asked(request)
+    assert copy.token_ids == [5, 6]
+
+
+def test_progress_comes_back() -> None:
+    request, copy = Request([5], SamplingParams()), Request([5], SamplingParams())
+    copy.state, copy.finish_reason = RequestState.FINISHED, FinishReason.ERROR
+    copy.error, copy.finished_ns = RequestError("no", "why"), 7
+    set_progress(request, progress(copy))
+    assert progress(request) == progress(copy)
+    assert request.is_finished
+
+
+def test_log_probabilities_come_back() -> None:
+    entries = [TokenLogprob(3, -0.25, ((3, -0.25), (4, -2.0)), (-9.0,)), TokenLogprob(4, -1.0)]
+    assert token_logprobs(plain_logprobs(entries)) == entries
+
+
+def test_a_front_that_reads_nothing_holds_nobody_up_and_loses_nothing() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel = Channel(theirs)
+        report = StepReport([], [(1, list(range(300, 500)), [])], [], None)
+        for _ in range(3000):  # far beyond what a socket buffers
+            channel.send(report)
+        frames, found = Frames(), []
+        ours.settimeout(10)
+        while len(found) < 3000:
+            ours.setblocking(False)
+            try:
+                found += frames.feed(ours.recv(1 << 20))
+            except BlockingIOError:
+                channel.receive(0)  # each look for mail also sends on
+        assert found == [report] * 3000
+
+
+def test_the_other_ends_end_is_noticed() -> None:
+    ours, theirs = socket.socketpair()
+    channel = Channel(theirs)
+    ours.sendall(frame(Abort([1], FinishReason.ABORT)))
+    assert channel.receive(1.0) == [Abort([1], FinishReason.ABORT)]
+    assert channel.receive(0) == []
+    assert channel.receive(0.01) == []
+    ours.close()
+    with pytest.raises(ChannelClosedError):
+        channel.receive(None)
+    theirs.close()
