@@ -151,6 +151,48 @@ def build(
 
 
 @app.command()
+def audit(
+    policy: PolicyArgument,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    variants: VariantsOption = None,
+    runs: RunsOption = RUNS,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare every stored weight with the source's, by independent code; needs no data.
+
+    Builds the variants, or finds them built, and judges the policy's gates on audit/… metrics.
+    Example: quantgate audit gates/policies/demo.cpu.yaml --variants int4-gptq
+    """
+    from quantgate.measurements_file import to_json
+    from quantgate.release import audit_variants_of
+    from quantgate.report.table import audit_report
+    from quantgate.verdict import exit_code
+
+    console, progress = _progress()
+    try:
+        judged = audit_variants_of(
+            _request(policy, model, device, variants, runs, SERVING), progress
+        )
+    finally:
+        progress.close()
+    code = exit_code(verdict.outcome for one in judged for verdict in one.verdicts)
+    if as_json:
+        value = {
+            one.variant: {
+                "report": str(one.report) if one.report else None,
+                "measurements": [to_json(measurement) for measurement in one.measurements],
+                "verdicts": [{"gate": v.gate_id, "outcome": v.outcome} for v in one.verdicts],
+            }
+            for one in judged
+        }
+        typer.echo(json.dumps(value | {"exit_code": code}, indent=2))
+    else:
+        console.print(audit_report(judged))
+    raise typer.Exit(code)
+
+
+@app.command()
 def judge(
     run: RunArgument,
     policy: Annotated[

@@ -38,7 +38,7 @@ class Finding:
     smallest_detectable_effect: float | None
     """None where the test has no such notion: exact limits, percentiles."""
     reason: str
-    """The counts behind the estimate, in words."""
+    """The counts behind the estimate, or what a single number is about, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def _find_value(gate: Gate, measured: Scalar) -> Finding:
         n=measured.n,
         n_required=None,
         smallest_detectable_effect=None,
-        reason="",
+        reason=measured.note,
     )
 
 

@@ -28,7 +28,8 @@ class InvalidMeasurement(QuantgateError, ValueError):
 class Scalar:
     """One reduced number, for example peak memory or an OOM count.
 
-    `n` is how many observations it was reduced from.
+    `n` is how many observations it was reduced from; `note` says in words what the number is about,
+    for example which weight is the worst.
     """
 
     metric: str
@@ -36,6 +37,7 @@ class Scalar:
     value: float
     unit: str
     n: int
+    note: str = ""
 
     def __post_init__(self) -> None:
         _check_unit(self.metric, self.unit)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantgate.audit.report import missing_audit, read_report, reduce_audit
 from quantgate.errors import MeasurementError
 from quantgate.load.results import (
     ABSOLUTE_METRICS,
@@ -33,6 +34,9 @@ class VariantEvidence:
     """What the stages say of one variant, beside the files they wrote."""
 
     name: str
+    is_calibrated: bool
+    """By its scheme."""
+    audit_failure: str | None
     golden_sets: Sequence[GoldenSet]
     reference: QualityResult
     candidate: QualityResult
@@ -46,11 +50,23 @@ class VariantEvidence:
 def reduce_variant(evidence: VariantEvidence, release: ReleaseFolder) -> Mapping[str, Measurement]:
     """All measurements of one variant, by metric."""
     measurements = [
+        *_audit(evidence, release),
         *_quality(evidence, release),
         *_distribution(evidence, release),
         *_load(evidence, release),
     ]
     return {measurement.metric: measurement for measurement in measurements}
+
+
+def _audit(evidence: VariantEvidence, release: ReleaseFolder) -> list[Measurement]:
+    path = release.audit(evidence.name)
+    try:
+        if evidence.audit_failure:
+            raise MeasurementError(evidence.audit_failure)
+        report = read_report(path)
+    except MeasurementError as error:
+        return missing_audit(evidence.is_calibrated, str(error))
+    return reduce_audit(report, source=_source(path, release))
 
 
 def _quality(evidence: VariantEvidence, release: ReleaseFolder) -> list[Measurement]:

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantgate.audit.judgement import JudgedAudit, judge_audits
+from quantgate.audit.stage import AuditResult, audit_variants
 from quantgate.champion import Champion, find_champion
 from quantgate.errors import MeasurementError, UsageError
 from quantgate.files import sha256_of_json, write_bytes, write_json
@@ -35,6 +37,7 @@ from quantgate.reduce import VariantEvidence, reduce_variant
 from quantgate.release_folder import JUDGED, MEASURED, ReleaseFolder, open_release, store_of
 from quantgate.server_pool import ServerPool
 from quantgate.variants.build import Variant, adopt_variant, build_variant
+from quantgate.variants.scheme import CALIBRATED_SCHEMES
 from quantgate.verdict import Decision, judge_release
 from quantgate.verdicts_file import ReleaseVerdicts, collect_verdicts, write_verdicts
 
@@ -80,6 +83,9 @@ def measure_release(request: ReleaseRequest, progress: Progress) -> ReleaseFolde
             for name, variant in variants.items()
         },
     )
+    audits = _audit(plan, variants, release.path / "audit.log", progress)
+    for name, path in audits.reports.items():
+        write_bytes(release.audit(name), path.read_bytes())
     champion = find_champion(plan.policy, plan.source, variants, request.serving_config)
     with ServerPool(plan.server, keeps_running=plan.device == "cpu") as servers:
         quality = _measure_quality(plan, release, variants, servers, progress)
@@ -93,6 +99,8 @@ def measure_release(request: ReleaseRequest, progress: Progress) -> ReleaseFolde
             measurements=reduce_variant(
                 VariantEvidence(
                     name=name,
+                    is_calibrated=plan.policy.variants[name].scheme in CALIBRATED_SCHEMES,
+                    audit_failure=audits.failures.get(name),
                     golden_sets=plan.golden_sets,
                     reference=quality[plan.policy.reference],
                     candidate=quality[name],
@@ -131,6 +139,19 @@ def build_variants(request: ReleaseRequest, progress: Progress) -> dict[str, Var
     if failures:
         raise MeasurementError("\n".join(f"{name}: {why}" for name, why in failures.items()))
     return variants
+
+
+def audit_variants_of(request: ReleaseRequest, progress: Progress) -> list[JudgedAudit]:
+    """Builds a policy's variants, or finds them built, audits them and judges the audit gates.
+
+    Raises:
+        MeasurementError: one could not be built.
+    """
+    plan = make_plan(request)
+    variants, failures = _build(plan, progress)
+    if failures:
+        raise MeasurementError("\n".join(f"{name}: {why}" for name, why in failures.items()))
+    return judge_audits(plan.policy, _audit(plan, variants, plan.runs / "audit.log", progress))
 
 
 def judge_stored(
@@ -203,6 +224,21 @@ def _build_one(plan: Plan, name: str) -> Variant:
         calibration=plan.calibration,
         store=store_of(plan.runs) / "variants",
     )
+
+
+def _audit(plan: Plan, variants: dict[str, Variant], log: Path, progress: Progress) -> AuditResult:
+    """Compares every stored weight with the source's."""
+    progress.stage("audit", len(variants))
+    result = audit_variants(
+        plan.source,
+        variants,
+        store=store_of(plan.runs) / "results",
+        log=log,
+        on_done=lambda note: progress.step(note=note),
+    )
+    for name, reason in result.failures.items():
+        progress.note(f"{name}: {reason}")
+    return result
 
 
 def _measure_quality(

@@ -51,6 +51,9 @@ class ReleaseFolder:
     def items(self, variant: str, golden_set: str) -> Path:
         return self.variant(variant) / f"{golden_set}.parquet"
 
+    def audit(self, variant: str) -> Path:
+        return self.variant(variant) / "audit.json"
+
     def distribution(self, variant: str) -> Path:
         return self.variant(variant) / "distribution.parquet"
 

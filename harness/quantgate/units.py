@@ -37,6 +37,7 @@ DIMENSIONS: dict[str, dict[str, Fraction]] = {
     "ratio": {"x": Fraction(1)},
     "nats": {"nats": Fraction(1)},
     "count": {"count": Fraction(1)},
+    "bits": {"bit": Fraction(1)},
     "token rate": {"tok/s": Fraction(1)},
     "request rate": {"req/s": Fraction(1)},
 }
@@ -45,7 +46,7 @@ MARGIN_UNIT = "pt"
 _DIMENSION_OF = {unit: name for name, units in DIMENSIONS.items() for unit in units}
 _QUANTITY = re.compile(r"\s*([+-]?(?:\d+(?:_\d+)*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(\S+)?\s*")
 
-SECTIONS = ("quality", "validity", "perf", "memory", "stability")
+SECTIONS = ("audit", "quality", "validity", "perf", "memory", "stability")
 DISTRIBUTION_NOUNS = ("kl_nats", "nll_nats", "top1_agreement", "perplexity", "non_finite")
 """Quality metrics measured off the server on token ids; any other noun is a golden set."""
 
@@ -59,6 +60,8 @@ _NOUN_DIMENSIONS = (
     ("_ms", "time"),
     ("_bytes", "size"),
     ("_nats", "nats"),
+    ("_bits", "bits"),
+    ("_cosine", "fraction"),
 )
 _STATISTIC_DIMENSIONS = {"ratio": "ratio", "rate": "fraction", "count": "count"}
 

@@ -19,7 +19,7 @@ from quantgate.finding import Finding, NoFinding, find
 from quantgate.gate import Gate, TestName
 from quantgate.measure import Measurement, Missing
 from quantgate.measurements_file import MeasurementSet
-from quantgate.policy import Policy, required_gates
+from quantgate.policy import SOURCE, Policy, required_gates
 from quantgate.units import convert, parse_metric
 
 
@@ -222,8 +222,11 @@ def exit_code(outcomes: Iterable[Outcome]) -> int:
 
 
 def baseline_of(metric: str, *, reference: str, champion: str) -> str | None:
-    """What a metric is relative to: quality to the reference, speed ratios to the champion."""
+    """What a metric is relative to: weights to the source's, quality to the reference, speed ratios
+    to the champion."""
     name = parse_metric(metric)
+    if name.section == "audit":
+        return SOURCE
     if name.section in ("quality", "validity"):
         return reference
     return champion if name.section == "perf" and name.statistic == "ratio" else None

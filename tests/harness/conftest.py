@@ -43,6 +43,7 @@ workload:
   blocks: 4
 serving: {max_batch_size: 8, max_batched_tokens: 256, kv_tokens: 4096, threads: 1, timeout: 60 s}
 gates:
+  - {id: weights, metric: audit/weight_error.ratio, test: limit, max: 1.4 x}
   - {id: route, metric: quality/order-route.exact_match, test: non_inferiority, margin: 60 pt}
   - {id: total-finished, metric: validity/order-total.finished, test: rate, max: 99 %}
   - {id: kl, metric: quality/kl_nats.mean, test: mean, max: 0.0005 nats}

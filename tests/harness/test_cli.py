@@ -67,6 +67,15 @@ def test_json_is_one_document_on_stdout(release_copy: MiniProject, run: str) -> 
     assert value["variants"]["bf16"]["approved"] is True
 
 
+def test_audit_judges_the_audit_gates_and_names_the_reports(release_copy: MiniProject) -> None:
+    done = quantgate("audit", "gates/policies/mini.cpu.yaml", "--json", cwd=release_copy.root)
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    assert value["exit_code"] == 0
+    assert value["int4-nf4"]["verdicts"] == [{"gate": "weights", "outcome": "PASS"}]
+    assert Path(release_copy.root, value["int4-nf4"]["report"]).is_file()
+
+
 def test_promote_status_and_rollback_go_round(release_copy: MiniProject, run: str) -> None:
     root = release_copy.root
     done = quantgate("promote", run, "--variant", "bf16", "--reason", "test", cwd=root)

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from quantgate.audit.report import CALIBRATED_METRICS
+from quantgate.audit.report import METRICS as AUDIT_METRICS
 from quantgate.files import write_json
 from quantgate.load.blocks import BURST, STEADY, block_path, facts_path, write_block
 from quantgate.load.client import PhaseRecord, RequestRecord
@@ -61,10 +63,14 @@ def phase(*requests: RequestRecord) -> PhaseRecord:
     return PhaseRecord(requests=requests, duration_ms=1000.0, client_cpu_share=0.1)
 
 
-def reduce(release: ReleaseFolder, **changes: Any) -> dict[str, Measurement]:
+def reduce(
+    release: ReleaseFolder, *, audits: bool = False, **changes: Any
+) -> dict[str, Measurement]:
     asked = QualityResult(items={}, missing={}, oom_count=3, peak_bytes=500, num_reused=0)
     values: dict[str, Any] = {
         "name": "int8",
+        "is_calibrated": False,
+        "audit_failure": None,
         "golden_sets": [],
         "reference": asked,
         "candidate": asked,
@@ -74,11 +80,20 @@ def reduce(release: ReleaseFolder, **changes: Any) -> dict[str, Measurement]:
         "is_champion": False,
         "num_blocks": NUM_BLOCKS,
     }
-    return dict(reduce_variant(VariantEvidence(**(values | changes)), release))
+    found = reduce_variant(VariantEvidence(**(values | changes)), release)
+    return {metric: m for metric, m in found.items() if metric.startswith("audit/") == audits}
 
 
 def reasons(found: dict[str, Measurement]) -> set[str]:
     return {m.reason for m in found.values() if isinstance(m, Missing)}
+
+
+def test_an_audit_that_was_not_made_is_missing_with_its_reason(release: ReleaseFolder) -> None:
+    found = reduce(release, audits=True, audit_failure="no config.json", is_calibrated=True)
+    assert found.keys() == {*AUDIT_METRICS, *CALIBRATED_METRICS}
+    assert reasons(found) == {"no config.json"}
+    [reason] = reasons(reduce(release, audits=True))
+    assert "audit.json: not an audit" in reason
 
 
 def test_a_measured_load_has_every_metric_and_the_file_it_came_from(

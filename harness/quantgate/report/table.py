@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from quantgate.audit.judgement import JudgedAudit
 from quantgate.verdict import Decision, Outcome, Verdict
 
 STYLES = {
@@ -22,7 +23,7 @@ STYLES = {
 def release_report(decisions: Sequence[Decision], *, run: str) -> RenderableType:
     """Everything a release prints at its end; `run` is the release folder as a person types it."""
     return Group(
-        verdict_table(decisions),
+        verdict_table(decision.verdicts for decision in decisions),
         Text(),
         *(decision_line(decision) for decision in decisions),
         Text(),
@@ -30,7 +31,24 @@ def release_report(decisions: Sequence[Decision], *, run: str) -> RenderableType
     )
 
 
-def verdict_table(decisions: Sequence[Decision]) -> Table:
+def audit_report(judged: Sequence[JudgedAudit]) -> RenderableType:
+    """What `quantgate audit` prints: the audit gates, and where every weight can be looked up."""
+    reports = [f"{one.variant:12} {one.report}" for one in judged if one.report]
+    unjudged = [one.variant for one in judged if not one.verdicts]
+    lines = [Text(line) for line in reports]
+    if unjudged:
+        lines.append(
+            Text(
+                f"No gate of the policy asks for an audit of {', '.join(unjudged)}, and absence "
+                "never passes. Add gates on audit/… metrics (docs/audit.md).",
+                style="bold magenta",
+            )
+        )
+    return Group(verdict_table(one.verdicts for one in judged), Text(), *lines)
+
+
+def verdict_table(groups: Iterable[Sequence[Verdict]]) -> Table:
+    """A section per variant: its verdicts in the order of the policy."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("Variant", no_wrap=True)
     table.add_column("Gate", no_wrap=True)
@@ -40,8 +58,8 @@ def verdict_table(decisions: Sequence[Decision]) -> Table:
     table.add_column("Limit", justify="right", no_wrap=True)
     table.add_column("n", justify="right")
     table.add_column("Note", ratio=1)
-    for decision in decisions:
-        for position, verdict in enumerate(decision.verdicts):
+    for verdicts in groups:
+        for position, verdict in enumerate(verdicts):
             table.add_row(
                 escape(verdict.variant) if position == 0 else "",
                 escape(verdict.gate_id),
@@ -60,7 +78,11 @@ def note(verdict: Verdict) -> str:
     """What a reader needs next to the numbers: why there are none, or how many would decide."""
     if verdict.outcome is Outcome.INCONCLUSIVE:
         return verdict.needed()
-    return verdict.reason if verdict.outcome is Outcome.INVALID else ""
+    # A single number is about one weight or file; which one is the likely cause.
+    is_telling = verdict.outcome is Outcome.INVALID or (
+        verdict.outcome is Outcome.FAIL and verdict.test == "limit"
+    )
+    return verdict.reason if is_telling else ""
 
 
 def decision_line(decision: Decision) -> Text:

@@ -89,11 +89,8 @@ def read_manifest(folder: Path) -> VariantManifest:
         raise ArtifactError(f"{path}: expected schema_version {SCHEMA_VERSION}.")
     stated = value.pop("artifact_sha256", None), value.pop("manifest_sha256", None)
     found_sha256 = sha256_of_json(value)
-    calibration = value.pop("calibration", None)
     try:
-        manifest = VariantManifest(
-            calibration=Calibration(**calibration) if calibration else None, **value
-        )
+        manifest = manifest_from_json(value)
         artifact_sha256 = manifest.artifact_sha256
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{path}: {error}. Delete the folder to rebuild.") from error
@@ -103,6 +100,19 @@ def read_manifest(folder: Path) -> VariantManifest:
             "rebuild."
         )
     return manifest
+
+
+def manifest_from_json(value: Mapping[str, Any]) -> VariantManifest:
+    """The inverse of `asdict`.
+
+    Raises:
+        TypeError: other fields than a manifest's.
+    """
+    calibration = value.get("calibration")
+    fields = {key: field for key, field in value.items() if key != "calibration"}
+    return VariantManifest(
+        calibration=Calibration(**calibration) if calibration else None, **fields
+    )
 
 
 def verify(folder: Path, manifest: VariantManifest) -> None:

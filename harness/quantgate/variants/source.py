@@ -20,7 +20,7 @@ INDEX_NAME = "model.safetensors.index.json"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Everything a variant takes over byte for byte: how text becomes tokens, and when to stop.
-_SIDECAR_FILES = (
+SIDECAR_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -54,7 +54,7 @@ class SourceModel:
 
     @property
     def sidecars(self) -> list[Path]:
-        return [self.folder / name for name in _SIDECAR_FILES if (self.folder / name).is_file()]
+        return [self.folder / name for name in SIDECAR_FILES if (self.folder / name).is_file()]
 
     @property
     def is_tied(self) -> bool:
@@ -77,7 +77,7 @@ def open_source(model: str) -> SourceModel:
             f"{model}: no tokenizer in the folder; expected one of {', '.join(_TOKENIZER_FILES)}. "
             "Save it beside the weights: tokenizer.save_pretrained(folder)."
         )
-    names = ["config.json", *_SIDECAR_FILES]
+    names = ["config.json", *SIDECAR_FILES]
     paths = [folder / name for name in names if (folder / name).is_file()]
     paths += weight_files(folder)
     files = {path.name: sha256_of_file(path) for path in paths}

@@ -1,0 +1,210 @@
+"""Speed and memory of the quality stages on this machine.
+
+    python benchmarks/quality.py [audit] [--quick] [--check] [--json FILE]
+
+`audit` writes a sharded source of 1.2 GB (random weights, Llama of 12 layers) and one artifact per
+scheme, and audits each in a process of its own with one thread. Bytes are the source's, seconds
+the CPU time of the process, and peak memory its own, without files that the kernel has cached.
+`--check` exits with 1 and names each figure that is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from quantgate.drill.packing import pack_gptq, pack_int8, pack_nf4
+from quantgate.files import read_json, write_json
+
+SCHEMES = ("bf16", "int8-bnb", "int8-gptq", "int4-nf4", "int4-gptq")
+MIN_MB_PER_S = 150.0
+MAX_BYTES = 2 * 2**30
+_GROUP_SIZE = 128
+_QUANTIZATION: dict[str, dict[str, Any] | None] = {
+    "bf16": None,
+    "int8-bnb": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    "int4-nf4": {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+    },
+    "int8-gptq": {"quant_method": "gptq", "bits": 8, "group_size": _GROUP_SIZE, "sym": True},
+    "int4-gptq": {"quant_method": "gptq", "bits": 4, "group_size": _GROUP_SIZE, "sym": True},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("arms", nargs="*", default=["audit"])
+    parser.add_argument("--quick", action="store_true", help="2 layers: 0.3 GB instead of 1.2 GB")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a figure is missed")
+    parser.add_argument("--json", type=Path, help="write all numbers here")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="quantgate-bench-") as folder:
+        rows = measure_audit(Path(folder), num_layers=2 if options.quick else 12)
+    for row in rows:
+        print(
+            f"audit {row['scheme']:10} {row['mb_per_s_per_core']:6.0f} MB/s per core   "
+            f"{row['seconds']:5.1f} s   peak {row['peak_bytes'] / 2**20:5.0f} MiB"
+        )
+    if options.json:
+        write_json(options.json, {"machine": describe_machine(), "audit": rows})
+    missed = [
+        f"{row['scheme']} {row['mb_per_s_per_core']:.0f} MB/s, {row['peak_bytes'] >> 20} MiB"
+        for row in rows
+        if row["mb_per_s_per_core"] < MIN_MB_PER_S or row["peak_bytes"] > MAX_BYTES
+    ]
+    if options.check and missed:
+        sys.exit(f"audit missed {MIN_MB_PER_S:.0f} MB/s or 2 GiB: " + "; ".join(missed))
+
+
+def measure_audit(folder: Path, *, num_layers: int) -> list[dict[str, Any]]:
+    """Seconds and peak memory of each scheme's audit, in the order of SCHEMES."""
+    write_model(folder / "source", None, num_layers=num_layers)
+    rows = []
+    for scheme in SCHEMES:
+        artifact = folder / "artifact"
+        write_model(artifact, scheme, num_layers=num_layers)
+        result = subprocess.run(
+            [sys.executable, __file__, "--worker", str(folder / "source"), str(artifact), scheme],
+            check=True,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        rows.append(json.loads(result.stdout.splitlines()[-1]))
+        for path in artifact.iterdir():
+            path.unlink()
+    return rows
+
+
+def write_model(folder: Path, scheme: str | None, *, num_layers: int) -> None:
+    """A Llama with random BF16 weights, a shard per layer; packed by rounding for a scheme."""
+    folder.mkdir(exist_ok=True)
+    hidden, inner, vocabulary, kv = 2048, 5632, 32_000, 512
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+    }
+    settings = _QUANTIZATION[scheme] if scheme else None
+    write_json(
+        folder / "config.json", config | ({"quantization_config": settings} if settings else {})
+    )
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    for layer in range(num_layers):
+        generator = torch.Generator().manual_seed(layer)
+        tensors = {}
+        for name, shape in shapes.items():
+            weight = torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
+            module = f"model.layers.{layer}.{name}"
+            tensors |= {f"{module}.{part}": t for part, t in _packed(weight, scheme).items()}
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"model.layers.{layer}.{name}.weight"] = torch.ones(hidden).bfloat16()
+        save_file(tensors, folder / f"model-{layer:05}.safetensors")
+    generator = torch.Generator().manual_seed(num_layers)
+    rest = {
+        "model.embed_tokens.weight": torch.randn(vocabulary, hidden, generator=generator),
+        "lm_head.weight": torch.randn(vocabulary, hidden, generator=generator),
+        "model.norm.weight": torch.ones(hidden),
+    }
+    save_file({k: v.bfloat16() for k, v in rest.items()}, folder / "model-rest.safetensors")
+
+
+def _packed(weight: torch.Tensor, scheme: str | None) -> dict[str, torch.Tensor]:
+    if scheme in (None, "bf16"):
+        return {"weight": weight}
+    if scheme == "int8-bnb":
+        return pack_int8(weight.float())
+    if scheme == "int4-nf4":
+        return pack_nf4(weight.float())
+    return pack_gptq(weight.float(), bits=8 if "int8" in str(scheme) else 4, group_size=_GROUP_SIZE)
+
+
+def run_worker(source: str, artifact: str, scheme: str) -> None:
+    """Audits one artifact in this process and prints its numbers as JSON."""
+    from quantgate.audit.declared import read_outline
+    from quantgate.audit.weights import audit_artifact
+    from quantgate.variants.manifest import VariantManifest
+    from quantgate.variants.source import SourceModel
+
+    torch.set_num_threads(1)
+    folder = Path(source)
+    model = SourceModel(
+        name="synthetic", folder=folder, config=read_json(folder / "config.json"), files={}
+    )
+    outline = read_outline(model)
+    manifest = VariantManifest(scheme=scheme, files={}, source_sha256=None)
+    started, started_cpu = time.perf_counter(), time.process_time()
+    report = audit_artifact(model, outline, Path(artifact), manifest)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
+    if not report.weights or any(weight.error_ratio is None for weight in report.weights):
+        raise RuntimeError(f"{scheme}: the audit compared nothing, so its time means nothing")
+    print(
+        json.dumps(
+            {
+                "scheme": scheme,
+                "source_bytes": report.source_bytes,
+                "seconds": seconds,
+                "cpu_seconds": cpu_seconds,
+                "mb_per_s_per_core": report.source_bytes / cpu_seconds / 1e6,
+                "peak_bytes": _peak_bytes(),
+                "worst_ratio": max(float(w.error_ratio or 0) for w in report.weights),
+                "num_problems": len(report.coverage) + len(report.formats),
+            }
+        )
+    )
+
+
+def _peak_bytes() -> int:
+    """VmHWM: the most memory this process has held."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmHWM")
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the numbers were taken on."""
+    return {
+        "taken_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "system": platform.platform(),
+        "torch": torch.__version__,
+    }
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        run_worker(*sys.argv[2:5])
+    else:
+        main()
