@@ -16,6 +16,10 @@ from quantgate_serve.waiting import AGED_PART
 
 # What of the queue is kept for a class while it does not use it. The rest is for whoever comes.
 KEPT = {Priority.INTERACTIVE: 1 / 4, Priority.NORMAL: 1 / 8, Priority.BULK: 1 / 8}
+# How much of the time to its deadline a request may be expected to wait; the rest is for computing
+# it. Without such a reserve an overloaded queue settles where each request waits just as long as it
+# may, and everyone's time runs out while running.
+WAIT_PART = 0.5
 _MAX_RETRY_S = 600
 
 
@@ -68,7 +72,8 @@ class Admission:
         self, limits: AdmissionLimits, *, clock: Callable[[], int] = perf_counter_ns
     ) -> None:
         self.limits = limits
-        # How fast a queue is worked off (see ServiceRate); None while nobody knows.
+        # How fast a queue is worked off (see ServiceRate); None while nobody knows. Known to the
+        # front only: the engine counts again what that let in, and must not think otherwise.
         self.tokens_per_s: float | None = None
         self._clock = clock
         self._loads = {priority: _Load() for priority in Priority}
@@ -188,13 +193,13 @@ class Admission:
         wait_s = self.expected_wait_s(first.priority, first.tenant, tokens)
         if first.deadline_ns is None or wait_s is None:
             return
-        left_s = (first.deadline_ns - self._clock()) / 1e9
-        if wait_s > max(left_s, 0.0):
+        left_s = max(0.0, (first.deadline_ns - self._clock()) / 1e9)
+        if wait_s > left_s * WAIT_PART:
             raise QueueFullError(
-                f"the queue takes about {wait_s:.1f} s, but the deadline is in {left_s:.1f} s. "
+                f"the queue takes about {wait_s:.1f} s, too long for a deadline in {left_s:.1f} s. "
                 "Try again later.",
                 reason="deadline",
-                retry_after_s=_whole_seconds(wait_s - left_s),
+                retry_after_s=_whole_seconds(wait_s - left_s * WAIT_PART),
             )
 
     def _full(self, reason: str, message: str, priority: Priority, tokens: float) -> QueueFullError:

@@ -130,6 +130,7 @@ class Engine:
                             self._scheduler.finish(request, FinishReason.LENGTH)
         if self._scheduler.prefix_cache is not None:
             self._scheduler.prefix_cache.clear()
+        self._scheduler.window_waits.clear()
         self.update_gauges()
         self.is_warm = True
 
@@ -256,7 +257,6 @@ class Engine:
         now.queued_tokens = self._admission.num_tokens
         now.oldest_arrived_ns = scheduler.oldest_waiting_ns
         now.service_tokens_per_s = scheduler.rate.tokens_per_s
-        self._admission.tokens_per_s = now.service_tokens_per_s
         now.kv_pages = scheduler.pool.num_pages
         now.kv_pages_used = scheduler.pool.num_used
         now.kv_pages_cached = scheduler.pool.num_cached

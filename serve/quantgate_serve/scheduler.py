@@ -168,8 +168,10 @@ class Scheduler:
             self._waiting.discard(request)
         if request.seat >= 0:
             left = request.cost - request.num_served
-            self._served_tokens += left
             self._waiting.refund(request, left)
+            if reason is FinishReason.STOP:
+                # It asked for more than it needed, as others like it will.
+                self._served_tokens += left
         request.state = RequestState.FINISHED
         request.finish_reason = reason
 

@@ -10,6 +10,8 @@ import torch
 
 from quantgate_serve.admission import QueueFullError, RequestTooLongError
 from quantgate_serve.engine import Engine
+from quantgate_serve.kv.pool import PageIntegrityError
+from quantgate_serve.kv.roots import CacheRoots
 from quantgate_serve.request import FinishReason, Request
 from quantgate_serve.runner import ChunkResult
 from quantgate_serve.scheduler import Chunk
@@ -283,6 +285,81 @@ def test_an_exhausted_engine_holds_no_queue_and_no_page(
     assert engine._scheduler.pool.num_used == 0
     assert (engine._admission.num_requests, engine._admission.num_tokens) == (0, 0)
     assert engine.metrics.finished == {"length": 20}
+
+
+def test_a_deadline_ends_requests_that_wait_and_requests_that_run(
+    make_engine: MakeEngine, make_request: MakeRequest
+) -> None:
+    engine = make_engine(max_batch_size=1, prefix_cache=False)
+    running, queued, other = (make_request([2] * 20, max_tokens=100) for _ in range(3))
+    engine.submit([running, queued, other])
+    engine.step()
+    for request in (running, queued):
+        request.deadline_ns = 1
+        engine._scheduler._deadlines.add(request)
+    ended = engine.step().ended
+    assert {request.id for request in ended} == {running.id, queued.id}
+    for request, phase in ((running, "running"), (queued, "queued")):
+        assert request.error is not None
+        assert request.error.code == "deadline_exceeded"
+        assert f"while the request was {phase}" in request.error.message
+    assert engine.metrics.deadline_expired == {"running": 1, "queued": 1}
+    assert engine._scheduler.running == [other]
+    assert engine._scheduler.pool.num_used == len(other.pages)
+    while engine.has_work:
+        engine.step()
+    assert other.num_output == 100
+    assert engine._admission.num_requests == 0
+
+
+def test_a_window_lets_an_idle_engine_sleep_and_then_starts_all_at_once(
+    make_engine: MakeEngine, make_request: MakeRequest
+) -> None:
+    engine = make_engine(admission_window_ms=50.0)
+    first, second = make_request([2] * 8), make_request([3] * 8)
+    engine.submit([first])
+    engine.step()
+    idle_s = engine.idle_s()
+    assert idle_s is not None
+    assert 0 < idle_s <= 0.05
+    engine.submit([second])
+    assert engine.idle_s() == 0
+    while first.scheduled_ns == 0:
+        engine.step()
+    assert second.scheduled_ns == first.scheduled_ns
+    assert (first.scheduled_ns - first.arrived_ns) / 1e9 >= 0.05
+    engine.update_gauges()
+    assert sum(engine.metrics.window_wait_s.counts) == 2
+
+
+def test_prefixes_are_reused_inside_a_tenant_only(
+    make_engine: MakeEngine, make_request: MakeRequest, run_all: RunAll
+) -> None:
+    engine = make_engine()
+    roots = CacheRoots()
+    hits = []
+    for tenant in ("a", "b", "a", "b"):
+        request = make_request(list(range(2, 52)))
+        request.tenant, request.cache_root = tenant, roots.of(tenant)
+        run_all(engine, [request])
+        hits.append(engine.metrics.prefix_hits)
+    assert hits == [0, 0, 48, 96]
+    assert engine.metrics.cross_tenant_hits == 0
+
+
+def test_the_books_are_checked_at_rest_when_asked_to(
+    make_engine: MakeEngine, make_request: MakeRequest, run_all: RunAll
+) -> None:
+    for checks in (False, True):
+        engine = make_engine(check_integrity=checks, prefix_cache=False)
+        run_all(engine, [make_request([2] * 8)])
+        engine.rest()
+        engine._scheduler.pool.allocate(1)  # a leak
+        if checks:
+            with pytest.raises(PageIntegrityError):
+                engine.rest()
+        else:
+            engine.rest()
 
 
 def test_warm_up_leaves_nothing_behind(make_engine: MakeEngine) -> None:

@@ -6,7 +6,13 @@ from hypothesis import strategies as st
 
 from quantgate_serve.kv.pool import PagePool
 from quantgate_serve.kv.prefix import PrefixCache
-from quantgate_serve.request import FinishReason, Request, RequestState, SamplingParams
+from quantgate_serve.request import (
+    FinishReason,
+    Priority,
+    Request,
+    RequestState,
+    SamplingParams,
+)
 from quantgate_serve.scheduler import Chunk, Scheduler, SchedulerLimits
 
 
@@ -21,8 +27,34 @@ def make_scheduler(
     )
 
 
-def request_of(length: int, *, max_tokens: int = 8, first: int = 2) -> Request:
-    return Request([first + i % 50 for i in range(length)], SamplingParams(max_tokens=max_tokens))
+def request_of(
+    length: int,
+    *,
+    max_tokens: int = 8,
+    first: int = 2,
+    priority: Priority = Priority.NORMAL,
+    tenant: str = "",
+) -> Request:
+    return Request(
+        [first + i % 50 for i in range(length)],
+        SamplingParams(max_tokens=max_tokens),
+        priority=priority,
+        tenant=tenant,
+        cache_root=tenant,
+    )
+
+
+def run_dry(scheduler: Scheduler) -> list[Request]:
+    """Steps until nothing is left; the requests in the order in which they were first planned."""
+    order: dict[int, Request] = {}
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        order |= {
+            chunk.request.id: chunk.request for chunk in plan if chunk.request.id not in order
+        }
+        compute(scheduler, plan)
+        scheduler.check_integrity()
+    return list(order.values())
 
 
 def compute(scheduler: Scheduler, plan: list[Chunk]) -> None:
@@ -171,3 +203,127 @@ def test_a_prompt_takes_the_pages_it_needs(length: int, expected: int) -> None:
     scheduler.add(request_of(length))
     (chunk,) = scheduler.schedule()
     assert len(chunk.request.pages) == expected
+
+
+def test_urgent_requests_start_first() -> None:
+    scheduler = make_scheduler(batch=1)
+    requests = [request_of(4, priority=priority) for priority in reversed(Priority)]
+    for request in requests:
+        scheduler.add(request)
+    assert run_dry(scheduler) == requests[::-1]
+
+
+def test_an_urgent_request_takes_the_seat_of_the_newest_of_the_least_urgent() -> None:
+    scheduler = make_scheduler(batch=3, cached=True)
+    normal = request_of(20, priority=Priority.NORMAL, first=3)
+    bulk = [request_of(20, priority=Priority.BULK, first=first) for first in (5, 7)]
+    for request in (normal, *bulk):
+        scheduler.add(request)
+    for _ in range(3):
+        compute(scheduler, scheduler.schedule())
+    urgent = request_of(20, priority=Priority.INTERACTIVE, first=11)
+    scheduler.add(urgent)
+    plan = scheduler.schedule()
+    assert urgent in [chunk.request for chunk in plan]
+    assert scheduler.waiting == [bulk[1]]
+    assert scheduler.running == [urgent, normal, bulk[0]]
+    compute(scheduler, plan)
+    # What it had computed is found again, and the four get what they asked for.
+    run_dry(scheduler)
+    assert bulk[1].num_preemptions == 1
+    assert [len(r.token_ids) for r in (urgent, normal, *bulk)] == [28] * 4
+
+
+def test_a_preempted_request_finds_its_own_pages_again() -> None:
+    scheduler = make_scheduler(batch=1, cached=True, tokens=64)
+    bulk = request_of(40, priority=Priority.BULK)
+    scheduler.add(bulk)
+    compute(scheduler, scheduler.schedule())
+    scheduler.add(request_of(4, priority=Priority.INTERACTIVE, max_tokens=1, first=9))
+    compute(scheduler, scheduler.schedule())
+    (chunk,) = scheduler.schedule()
+    assert (chunk.request, chunk.start, chunk.length) == (bulk, 32, 9)
+
+
+@pytest.mark.parametrize("priority", list(Priority))
+def test_equals_never_interrupt_each_other(priority: Priority) -> None:
+    scheduler = make_scheduler(batch=2)
+    for _ in range(6):
+        scheduler.add(request_of(4, priority=priority))
+    run_dry(scheduler)
+    assert scheduler.num_preemptions == 0
+
+
+def test_nobody_is_interrupted_for_one_who_would_not_fit_all_the_same() -> None:
+    scheduler = make_scheduler(num_pages=10, batch=8, tokens=200)
+    holding = request_of(100, priority=Priority.INTERACTIVE, max_tokens=40)
+    bulk = request_of(10, priority=Priority.BULK, max_tokens=4)
+    scheduler.add(holding)
+    compute(scheduler, scheduler.schedule())
+    scheduler.add(bulk)
+    compute(scheduler, scheduler.schedule())
+    scheduler.add(request_of(60, priority=Priority.INTERACTIVE))
+    scheduler.schedule()
+    assert bulk.state is RequestState.RUNNING
+    assert scheduler.num_preemptions == 0
+
+
+def test_where_pages_run_out_the_least_urgent_gives_way_even_if_it_is_the_oldest() -> None:
+    scheduler = make_scheduler(num_pages=5, tokens=64)
+    bulk = request_of(20, priority=Priority.BULK, max_tokens=30)
+    urgent = request_of(31, priority=Priority.INTERACTIVE, max_tokens=40)
+    for request in (bulk, urgent):
+        scheduler.add(request)
+        compute(scheduler, scheduler.schedule())
+    while not scheduler.num_preemptions:
+        compute(scheduler, scheduler.schedule())
+    assert (bulk.state, urgent.state) == (RequestState.WAITING, RequestState.RUNNING)
+    run_dry(scheduler)
+    assert urgent.num_preemptions == 0
+    assert bulk.num_output == 30
+
+
+def test_who_runs_by_age_is_not_interrupted() -> None:
+    now_ns = 0
+    pool = PagePool(64)
+    scheduler = Scheduler(pool, SchedulerLimits(1, 32, aging_ns=100), clock=lambda: now_ns)
+    bulk = request_of(4, priority=Priority.BULK)
+    bulk.arrived_ns = 0
+    scheduler.add(bulk)
+    scheduler.add(request_of(4, priority=Priority.INTERACTIVE))
+    now_ns = 100
+    compute(scheduler, scheduler.schedule())
+    assert (bulk.level, scheduler.num_aged) == (Priority.INTERACTIVE, 1)
+    run_dry(scheduler)
+    assert bulk.num_preemptions == 0
+
+
+def test_tenants_reuse_their_own_prefixes_and_never_each_other_s() -> None:
+    scheduler = make_scheduler(cached=True, tokens=64)
+    cached = {}
+    for name, tenant in (("first", "a"), ("again", "a"), ("other", "b"), ("other again", "b")):
+        request = request_of(40, max_tokens=1, tenant=tenant)
+        scheduler.add(request)
+        run_dry(scheduler)
+        cached[name] = request.num_cached
+    assert cached == {"first": 0, "again": 32, "other": 0, "other again": 32}
+    assert scheduler.prefix_cache is not None
+    assert scheduler.prefix_cache.cross_tenant_hits == 0
+
+
+def test_an_early_end_is_told_to_the_shares() -> None:
+    """Of two tenants that ask for the same, who uses less gets more turns."""
+    scheduler = make_scheduler(batch=1, tokens=64)
+    for _ in range(12):
+        for tenant in "ab":
+            scheduler.add(request_of(2, max_tokens=60, tenant=tenant))
+    ended = []
+    for _ in range(200):
+        for chunk in scheduler.schedule():
+            compute(scheduler, [chunk])
+            request = chunk.request
+            if not request.is_finished and (request.tenant == "a" or request.num_output == 59):
+                scheduler.finish(request, FinishReason.STOP)
+            if request.is_finished:
+                ended.append(request.tenant)
+    assert ended.count("a") > 3 * ended.count("b")
