@@ -67,7 +67,11 @@ class EngineGauges:
     # Held by the prefix cache alone: free for whoever needs them.
     kv_pages_cached: int = 0
     weight_bytes: int = 0
+    # Linears by the kernel that computes them, and those of them whose kernel is slow here.
+    kernel_linears: dict[str, int] = field(default_factory=dict)
+    slow_linears: int = 0
     kv_bytes: int = 0
+    graph_bytes: int | None = None
     peak_memory_bytes: int = 0
     cuda_alloc_retries: int | None = None
     cuda_ooms: int | None = None
@@ -90,6 +94,9 @@ class EngineMetrics:
     # KV pages that decode steps read, and those of them that held tokens.
     gathered_pages: int = 0
     needed_pages: int = 0
+    # Decode steps replayed from a CUDA graph, and those that could not be, by reason.
+    graph_hits: int | None = None
+    graph_misses: Counter[str] | None = None
     oom: int = 0
     oom_retry: int = 0
     step_errors: int = 0

@@ -14,6 +14,7 @@ from torch import Tensor
 from quantgate_serve import offline
 from quantgate_serve.engine import Engine
 from quantgate_serve.gptq import GptqFormatError, GptqLinear, GptqSettings, read_settings
+from quantgate_serve.kernels import read_kernels
 from quantgate_serve.request import Request
 
 GROUP = 32
@@ -64,18 +65,22 @@ def test_a_linear_computes_with_the_weights_its_codes_mean(bits: int, is_sorted:
     assert linear.codes.numel() * 8 == weight.numel() * bits
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[4, 8], ids=["int4", "int8"])
 def gptq_folder(
-    save_model: Callable[..., Path], config_of: Callable[..., Any], tmp_path_factory: Any
+    request: Any,
+    save_model: Callable[..., Path],
+    config_of: Callable[..., Any],
+    tmp_path_factory: Any,
 ) -> Path:
-    """A Llama whose layers' Linears are packed to 4 bits, as AutoGPTQ writes them."""
+    """A Llama whose layers' Linears are packed to 4 or 8 bits, as AutoGPTQ writes them."""
+    bits: int = request.param
     source = save_model(config_of(transformers.LlamaConfig), dtype=torch.float16)
     folder: Path = tmp_path_factory.mktemp("gptq")
     tensors = {}
     for name, tensor in load_file(source / "model.safetensors").items():
         if ".layers." in name and tensor.ndim == 2:
             groups = torch.arange(tensor.shape[1]) // GROUP
-            packed, _ = quantize(tensor, bits=4, groups=groups)
+            packed, _ = quantize(tensor, bits=bits, groups=groups)
             prefix = name.removesuffix("weight")
             tensors |= {prefix + key: value for key, value in packed.items()}
         else:
@@ -84,7 +89,7 @@ def gptq_folder(
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": "gptq",
-        "bits": 4,
+        "bits": bits,
         "group_size": GROUP,
         "sym": True,
         "desc_act": False,
@@ -115,6 +120,9 @@ def test_a_gptq_folder_loads_as_quantized_linears(gptq_folder: Path) -> None:
     kinds = [type(module) for module in loaded.model.modules()]
     assert loaded.quantization == "gptq"
     assert kinds.count(GptqLinear) == 2 * 7
+    bits = json.loads((gptq_folder / "config.json").read_text())["quantization_config"]["bits"]
+    names = [kernel.name for kernel in read_kernels(loaded.model, loaded.device)]
+    assert names == [f"quantgate GptqLinear {bits} bit", "torch Linear float32"]
 
 
 @pytest.mark.parametrize(
