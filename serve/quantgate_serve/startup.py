@@ -1,23 +1,32 @@
 """Puts an engine together: sizes the KV pool, wires storage, scheduler and runner."""
 
+import logging
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 import torch
+from transformers import AttentionInterface
 
 from quantgate_serve.admission import AdmissionLimits
+from quantgate_serve.attention import cuda_paged
+from quantgate_serve.attention.decode_torch import choose_splits, paged_decode_torch
 from quantgate_serve.attention.interface import ATTENTION_NAME, register
 from quantgate_serve.attention.torch_paged import paged_attention
 from quantgate_serve.config import ServerSettings
+from quantgate_serve.cuda_runner import CudaRunner
 from quantgate_serve.engine import Engine
+from quantgate_serve.graphs import capture_on_cuda
+from quantgate_serve.kernels import Kernel, log_kernels, read_kernels
 from quantgate_serve.kv.pool import PAGE_SIZE, PagePool
 from quantgate_serve.kv.prefix import PrefixCache
 from quantgate_serve.kv.storage import KVStorage
-from quantgate_serve.loading import LoadedModel, UnsupportedModelError, load
+from quantgate_serve.loading import LoadedModel, UnsupportedModelError, choose_device, load
 from quantgate_serve.metrics import EngineMetrics
 from quantgate_serve.runner import Runner
 from quantgate_serve.scheduler import Scheduler, SchedulerLimits
 
+_log = logging.getLogger(__name__)
 # Shares of the memory that is free after loading. A CPU server is one process among others.
 _CUDA_SHARE = 0.85
 _CPU_SHARE = 0.10
@@ -27,11 +36,13 @@ _CPU_MAX_TOKENS = 32_768
 def load_for_serving(folder: Path, settings: ServerSettings) -> LoadedModel:
     """Load the model with our attention registered."""
     register(paged_attention)
+    AttentionInterface.register(cuda_paged.ATTENTION_NAME, cuda_paged.cuda_attention)
+    is_cuda = choose_device(settings.device).type == "cuda"
     return load(
         folder,
         device=settings.device,
         dtype=settings.dtype,
-        attention=ATTENTION_NAME,
+        attention=cuda_paged.ATTENTION_NAME if is_cuda else ATTENTION_NAME,
         max_context=settings.max_context,
     )
 
@@ -63,8 +74,18 @@ def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:
         max_queued_tokens=settings.max_queued_tokens,
         aging_s=settings.aging_s,
     )
+    kernels = read_kernels(loaded.model, loaded.device)
+    log_kernels(kernels)
+    metrics.now.kernel_linears = {kernel.name: kernel.count for kernel in kernels}
+    metrics.now.slow_linears = sum(kernel.count for kernel in kernels if kernel.slow is not None)
+    if loaded.device.type == "cuda":
+        runner: Runner = build_cuda_runner(
+            loaded, storage, metrics, kernels, max_batch_size=settings.max_batch_size
+        )
+    else:
+        runner = Runner(loaded, storage)
     engine = Engine(
-        Runner(loaded, storage),
+        runner,
         scheduler,
         metrics,
         limits=limits,
@@ -73,6 +94,36 @@ def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:
     )
     engine.update_gauges()
     return engine
+
+
+def build_cuda_runner(
+    loaded: LoadedModel,
+    storage: KVStorage,
+    metrics: EngineMetrics,
+    kernels: tuple[Kernel, ...],
+    *,
+    max_batch_size: int,
+) -> CudaRunner:
+    """A runner with Triton's decode and recorded graphs; with neither where Triton is missing."""
+    if find_spec("triton") is None:
+        _log.warning("triton is not installed: decode gathers in plain torch, without CUDA graphs")
+        return CudaRunner(
+            loaded, storage, metrics, decode=paged_decode_torch, num_splits=lambda *_: 1
+        )
+    from quantgate_serve.attention.triton_paged import paged_decode
+
+    multiprocessors = torch.cuda.get_device_properties(loaded.device).multi_processor_count
+    runner = CudaRunner(
+        loaded,
+        storage,
+        metrics,
+        decode=paged_decode,
+        num_splits=lambda batch, longest: choose_splits(
+            batch, loaded.kv_shape.num_kv_heads, longest, multiprocessors
+        ),
+    )
+    runner.record_graphs(kernels, max_batch_size=max_batch_size, capture=capture_on_cuda)
+    return runner
 
 
 def _prefix_cache(pool: PagePool, settings: ServerSettings) -> PrefixCache | None:
