@@ -20,7 +20,7 @@ from quantgate.measure import (
     Scalar,
     percentile,
 )
-from quantgate.statistics import binomial, blocks, clusters, noninferiority
+from quantgate.statistics import binomial, blocks, clusters, noninferiority, sequential
 from quantgate.statistics import percentile as percentile_test
 from quantgate.statistics.interval import Interval
 
@@ -67,12 +67,13 @@ def find(gate: Gate, measurement: Measured) -> Finding | NoFinding:
             return _find_percentile(gate, measurement)
         case "non_inferiority", PairedBinary():
             return _find_paired_drop(gate, measurement)
-        case "non_inferiority", Clustered(paired=True):
+        case "non_inferiority", Clustered(paired=True) if not gate.sequential:
             return _find_mean(gate, measurement)
     kind = type(measurement).__name__
     if isinstance(measurement, Clustered):
-        kind = "Clustered (not paired)"
-    return NoFinding(f'wrong kind: test "{gate.test}" cannot judge {kind}', measurement.n)
+        kind = "Clustered" if measurement.paired else "Clustered (not paired)"
+    test = f"sequential {gate.test}" if gate.sequential else gate.test
+    return NoFinding(f'wrong kind: test "{test}" cannot judge {kind}', measurement.n)
 
 
 def _find_value(gate: Gate, measured: Scalar) -> Finding:
@@ -185,15 +186,14 @@ def _find_paired_drop(gate: Gate, measured: PairedBinary) -> Finding:
     limit, confidence = gate.limit.to("1"), gate.confidence
     lost, won, n = measured.reference_only, measured.candidate_only, measured.n
     p_value = noninferiority.mcnemar_p_value(lost, won)
+    test = sequential if gate.sequential else noninferiority
     return Finding(
         unit="1",
         limit=limit,
-        interval=noninferiority.difference_interval(lost, won, n, confidence=confidence),
+        interval=test.difference_interval(lost, won, n, confidence=confidence),
         n=n,
-        n_required=noninferiority.required_items(
-            lost, won, n, margin=-limit, confidence=confidence
-        ),
-        smallest_detectable_effect=noninferiority.smallest_detectable_drop(
+        n_required=test.required_items(lost, won, n, margin=-limit, confidence=confidence),
+        smallest_detectable_effect=test.smallest_detectable_drop(
             lost, won, n, confidence=confidence
         ),
         reason=f"{(measured.both + won) / n:.2%} against {(measured.both + lost) / n:.2%}, "

@@ -108,6 +108,9 @@ class Gate(SpecModel):
     min: Limit | None = None
     percentile: Annotated[float, Field(gt=0, lt=100)] | None = None
     """0–100; needed by the percentile test, meaningless to any other."""
+    sequential: bool = False
+    """Of non_inferiority: hold at every number of items at once, so that it may be looked at while
+    items are still being asked, and asking may stop when it is decided."""
     confidence: Confidence = DEFAULT_CONFIDENCE
     """Of each tail of the interval; where it is not written, the policy's."""
     variants: Names | None = None
@@ -149,6 +152,10 @@ class Gate(SpecModel):
                     f'test "{self.test}" does not suit {self.metric}; '
                     f"write: test: {' or '.join(suitable)}",
                 )
+            ]
+        if self.sequential and self.test != "non_inferiority":
+            return [
+                (("sequential",), f'"sequential" is not for test "{self.test}"; remove it'),
             ]
         if self.test != "percentile":
             if self.percentile is not None:

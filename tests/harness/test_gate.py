@@ -93,6 +93,10 @@ def test_a_well_formed_gate_has_a_limit_and_a_direction(
             "percentile 99 does not fit perf/e2e_ms.p95; write: percentile: 95",
         ),
         (
+            {**MEMORY, "sequential": True, "max": "2 GiB"},
+            '"sequential" is not for test "limit"; remove it',
+        ),
+        (
             {**MEMORY, "percentile": 95, "max": "2 GiB"},
             '"percentile" is not for test "limit"; remove it',
         ),

@@ -239,6 +239,11 @@ def test_a_decided_verdict_names_no_required_n() -> None:
             clustered(0.0, unit="1", metric="quality/set.f1"),
             "cannot judge Clustered (not paired)",
         ),
+        (
+            gate("quality/set.f1", "non_inferiority", margin="1 pt", sequential=True),
+            clustered(0.0, unit="1", metric="quality/set.f1", paired=True),
+            'test "sequential non_inferiority" cannot judge Clustered',
+        ),
         (KL, clustered(0.01, m=29), "too few samples: 29 clusters, at least 30 needed"),
         (KL, UNEQUAL, "40 clusters of unequal size, which weigh like 4.7, at least 30 needed"),
         (SPEED, blocks(1.0, 1.0, 1.0), "too few samples: 3 blocks, at least 4 needed"),
@@ -310,6 +315,18 @@ def test_fractional_differences_are_judged_by_cluster(drop: float, outcome: Outc
     rule = gate("quality/set.f1", "non_inferiority", margin="2 pt")
     measured = clustered(-drop, spread=0.001, unit="1", metric=rule.metric, paired=True, m=180)
     assert judged(rule, measured).outcome is outcome
+
+
+def test_a_sequential_gate_needs_more_items_and_still_fails_what_is_broken() -> None:
+    once = gate(QUALITY.metric, "non_inferiority", margin="2 pt")
+    always = gate(QUALITY.metric, "non_inferiority", margin="2 pt", sequential=True)
+    assert judged(once, paired(3, 3, 400)).outcome is PASS
+    undecided = judged(always, paired(3, 3, 400))
+    assert undecided.outcome is INCONCLUSIVE
+    assert undecided.n_required is not None
+    assert undecided.n_required > 400
+    assert judged(always, paired(3, 3, 1200)).outcome is PASS
+    assert judged(always, paired(20, 2, 60)).outcome is FAIL
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2, 4, 8])
@@ -412,6 +429,7 @@ def test_the_exit_code_is_that_of_the_worst_outcome(outcomes: list[Outcome], cod
     ("metric", "baseline"),
     [
         ("quality/kl_nats.mean", "source"),
+        ("audit/weight_error.ratio", "source"),
         ("validity/set.finished", "source"),
         ("perf/e2e_ms.p95.ratio", "bf16"),
         ("perf/e2e_ms.p95", None),

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtri
 
+from quantgate.statistics import binomial
 from quantgate.statistics import noninferiority as ni
 
 PROPERTY = settings(max_examples=30, deadline=None, derandomize=True)
@@ -44,8 +45,9 @@ def brute_force_score(lost: int, won: int, n: int, difference: float) -> float:
         # Airway hyper-responsiveness before and after stem cell transplantation: Fagerland,
         # Lydersen & Laake, Statistics in Medicine 33 (2014), 2850-2875, table of intervals.
         (7, 1, 21, -0.517, -0.026),
-        # Complete agreement: z^2 / (n + z^2) to both sides (Tango 1998, section 3).
-        (0, 0, 30, -(1.959964**2) / (30 + 1.959964**2), 1.959964**2 / (30 + 1.959964**2)),
+        # Complete agreement: "rule of three", here 1 - 0.025^(1/30), where the score bound alone
+        # would be z^2 / (n + z^2) = 0.1135.
+        (0, 0, 30, -0.11570, 0.11570),
     ],
 )
 def test_published_intervals_are_reproduced(
@@ -56,13 +58,25 @@ def test_published_intervals_are_reproduced(
 
 
 @pytest.mark.parametrize(
-    ("lost", "won", "n"), [(1, 0, 44), (9, 3, 400), (12, 12, 100), (3, 0, 5), (40, 2, 60)]
+    ("lost", "won", "n"), [(1, 1, 44), (9, 3, 400), (12, 12, 100), (3, 1, 5), (40, 2, 60)]
 )
 def test_the_score_at_each_bound_is_the_normal_quantile(lost: int, won: int, n: int) -> None:
     interval = ni.difference_interval(lost, won, n, confidence=0.95)
     z = float(ndtri(0.95))
     assert brute_force_score(lost, won, n, interval.lower) == pytest.approx(z, abs=2e-3)
     assert brute_force_score(lost, won, n, interval.upper) == pytest.approx(-z, abs=2e-3)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 5, 40])
+def test_when_nothing_was_won_the_bounds_are_at_least_the_exact_ones_of_the_share_lost(
+    lost: int,
+) -> None:
+    interval = ni.difference_interval(lost, 0, 400, confidence=0.95)
+    exact = binomial.share_interval(lost, 400, confidence=0.95)
+    assert -interval.lower >= exact.upper
+    assert -interval.upper <= exact.lower
+    mirrored = ni.difference_interval(0, lost, 400, confidence=0.95)
+    assert (mirrored.lower, mirrored.upper) == (-interval.upper, -interval.lower)
 
 
 @PROPERTY
@@ -142,20 +156,25 @@ def test_mid_p_counts_the_observed_outcome_half(lost: int, won: int) -> None:
 
 @pytest.mark.parametrize(
     ("discordance", "margin", "items"),
-    # field notes 4.3: one-sided 5 %, power 95 %
-    [(0.01, 0.01, 1083), (0.05, 0.02, 1353), (0.08, 0.01, 8658), (0.15, 0.03, 1804)],
+    # (z + z)^2 * discordance / margin^2 at one-sided 5 %, power 95 %.
+    [(0.05, 0.005, 21_645), (0.08, 0.01, 8658), (0.15, 0.01, 16_234)],
 )
-def test_planned_items_follow_the_closed_form(
+def test_planned_items_tend_to_the_closed_form_where_the_margin_is_small(
     discordance: float, margin: float, items: int
 ) -> None:
     planned = ni.planned_items(discordance, margin, confidence=0.95, power=0.95)
-    assert planned == pytest.approx(items, abs=1)
+    assert items < planned < 1.015 * items
 
 
-def test_the_planned_items_make_the_margin_the_smallest_detectable_drop() -> None:
+def test_planned_items_count_the_variance_that_the_test_has_at_the_margin() -> None:
+    # The closed form says 464, with which 73 % of the variants without a drop pass, not 80 %.
+    assert ni.planned_items(0.03, 0.02, confidence=0.95) == 558
+
+
+def test_the_planned_items_make_the_margin_about_the_smallest_detectable_drop() -> None:
     n = ni.planned_items(0.05, 0.02, confidence=0.95)
     detectable = ni.smallest_detectable_drop(round(0.025 * n), round(0.025 * n), n, confidence=0.95)
-    assert detectable == pytest.approx(0.02, rel=0.02)
+    assert detectable == pytest.approx(0.02, rel=0.05)
 
 
 def test_without_discordant_items_the_detectable_drop_is_not_zero() -> None:
