@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as error:
             return _refuse(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}.")
         try:
-            asyncio.run(_serve(settings, listener))
+            asyncio.run(_serve(settings, listener, arguments))
         except ModelRefusedError as error:
             return _refuse(error)
         except EngineStoppedError as error:
@@ -69,7 +69,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
+async def _serve(
+    settings: ServerSettings, listener: socket.socket, arguments: argparse.Namespace
+) -> None:
     """Load, listen, warm up, serve, drain.
 
     Raises:
@@ -78,7 +80,9 @@ async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
     """
     from quantgate_serve.client import EngineClient
     from quantgate_serve.engine_child import EngineThread, launch_process
+    from quantgate_serve.http.admin import add_admin_routes
     from quantgate_serve.http.app import Service, build_app
+    from quantgate_serve.reload import Reload
     from quantgate_serve.vocabulary import Vocabulary
 
     engine = EngineClient(
@@ -98,8 +102,17 @@ async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
             max_body_bytes=settings.max_body_bytes,
             metrics_compat=settings.metrics_compat,
         )
+
+        def switch(vocabulary: Vocabulary) -> None:
+            service.vocabulary = vocabulary
+
+        reload = Reload(
+            engine, lambda: _settings(arguments), on_switch=switch, watched=arguments.config
+        )
+        app = build_app(service)
+        add_admin_routes(app, reload)
         config = uvicorn.Config(
-            build_app(service),
+            app,
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=int(settings.drain_timeout_s),
@@ -128,7 +141,13 @@ async def _serve(settings: ServerSettings, listener: socket.socket) -> None:
         # uvicorn raises the signal again once it has drained; by then it means nothing any more.
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGINT, lambda *_: None)
+        watching = None
+        if arguments.config is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.ask)
+            watching = asyncio.create_task(reload.watch())
         await Server(config).serve(sockets=[listener])
+        if watching is not None:
+            watching.cancel()
     finally:
         await engine.stop()
     if engine.failure is not None:
@@ -204,6 +223,7 @@ def _settings(arguments: argparse.Namespace) -> ServerSettings:
         folder = champion_folder(config, path)
         if config.champion is not None:
             verify_files(config.champion, folder)
+            values["artifact_sha256"] = config.champion.artifact_sha256
         values["model"] = folder
         values.setdefault("served_model_name", config.model_name)
     return ServerSettings.model_validate(values)

@@ -21,6 +21,8 @@ class ServerSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: Path
+    # The champion's, where serving.yaml says what to serve.
+    artifact_sha256: str | None = None
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     ready_file: Path | None = None

@@ -53,9 +53,9 @@ def main(argv: list[str]) -> int:
     descriptor, parent = int(argv[0]), int(argv[1])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s")
     _die_with(parent)
-    # Both reach the whole foreground group. The front drains, then stops this process.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # These reach the whole foreground group. The front drains, or reloads, and tells this process.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     try:
         host(Channel(socket.socket(fileno=descriptor)))
     except ChannelClosedError:

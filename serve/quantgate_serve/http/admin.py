@@ -1,0 +1,33 @@
+"""What an operator may ask of the server, from the machine itself only."""
+
+from ipaddress import ip_address
+
+from fastapi import FastAPI
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+
+from quantgate_serve.http.errors import ApiError
+from quantgate_serve.reload import Reload, ReloadRefusedError
+
+
+def add_admin_routes(app: FastAPI, reload: Reload) -> None:
+    """POST /admin/reload: 200 with what serves now, 409 with why the old weights go on serving."""
+
+    @app.post("/admin/reload", include_in_schema=False)
+    async def reload_weights(http: HttpRequest) -> Response:
+        if http.client is None or not ip_address(http.client.host).is_loopback:
+            raise ApiError(
+                403, "this is for operators on the machine itself.", code="operators_only"
+            )
+        try:
+            reloaded = await reload.now()
+        except ReloadRefusedError as error:
+            raise ApiError(409, str(error), code="reload_refused") from error
+        return JSONResponse(
+            {
+                "model": str(reloaded.model),
+                "artifact_sha256": reloaded.artifact_sha256,
+                "epoch": reloaded.epoch,
+                "how": reloaded.how,
+            }
+        )
