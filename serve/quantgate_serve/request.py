@@ -59,6 +59,8 @@ class SamplingParams:
     num_logprobs: int | None = None
     prompt_logprobs: bool = False
     logprob_token_ids: tuple[int, ...] = ()
+    # The text stays inside this grammar (see structured.py).
+    grammar: str | None = None
 
     @property
     def is_greedy(self) -> bool:

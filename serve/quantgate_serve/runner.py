@@ -18,6 +18,7 @@ from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.loading import LoadedModel
 from quantgate_serve.request import Request, TokenLogprob
 from quantgate_serve.scheduler import Chunk
+from quantgate_serve.structured import Constraints
 
 # A group of decodes is split where padding would read this many times the pages it needs.
 _MAX_PADDING = 1.6
@@ -44,6 +45,9 @@ class Runner:
         self._device = loaded.device
         self._kv = kv
         self._heads = torch.arange(kv.shape.num_kv_heads)
+        self._constraints = Constraints(
+            loaded.tokenizer, vocab_size=loaded.vocab_size, eos_ids=loaded.eos_ids
+        )
         self.padded_pages = 0
         self.used_pages = 0
 
@@ -177,7 +181,9 @@ class Runner:
             logits = logits[[at for _, at in sampled]]
         requests = [results[index].chunk.request for index, _ in sampled]
         tokens = sampling.choose_tokens(
-            logits, [r.params for r in requests], [r.num_output for r in requests]
+            self._constraints.mask(logits, requests),
+            [r.params for r in requests],
+            [r.num_output for r in requests],
         )
         logprobs = _read_logprobs(logits, tokens, requests)
         for (index, _), token, logprob in zip(sampled, tokens, logprobs, strict=True):
