@@ -25,6 +25,7 @@ from quantgate_serve.config import (
     read_serving_config,
     verify_files,
 )
+from quantgate_serve.keys import Keyring, KeysError, read_keys
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
         settings = _settings(arguments)
-    except (ConfigError, ValidationError) as error:
+        keyring = Keyring(read_keys(settings.api_keys)) if settings.api_keys else None
+    except (ConfigError, KeysError, ValidationError) as error:
         return _refuse(error)
     # A thread that waits for its sibling gives up its core after some 0.1 ms. libgomp's default
     # spins on: beside one busy process on two cores a 5 M Llama then made 120 tok/s with two
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as error:
             return _refuse(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}.")
         try:
-            asyncio.run(_serve(settings, listener, arguments))
+            asyncio.run(_serve(settings, listener, arguments, keyring))
         except ModelRefusedError as error:
             return _refuse(error)
         except EngineStoppedError as error:
@@ -70,7 +72,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 async def _serve(
-    settings: ServerSettings, listener: socket.socket, arguments: argparse.Namespace
+    settings: ServerSettings,
+    listener: socket.socket,
+    arguments: argparse.Namespace,
+    keyring: Keyring | None,
 ) -> None:
     """Load, listen, warm up, serve, drain.
 
@@ -81,7 +86,9 @@ async def _serve(
     from quantgate_serve.client import EngineClient
     from quantgate_serve.engine_child import EngineThread, launch_process
     from quantgate_serve.http.admin import add_admin_routes
-    from quantgate_serve.http.app import Service, build_app
+    from quantgate_serve.http.app import build_app
+    from quantgate_serve.http.connection import Connection
+    from quantgate_serve.http.service import HttpLimits, Service
     from quantgate_serve.reload import Reload
     from quantgate_serve.vocabulary import Vocabulary
 
@@ -99,7 +106,10 @@ async def _serve(
             model_name=settings.model_name,
             vocab_size=loaded.vocab_size,
             eos_ids=loaded.eos_ids,
-            max_body_bytes=settings.max_body_bytes,
+            limits=HttpLimits(
+                max_body_bytes=settings.max_body_bytes, body_timeout_s=settings.body_timeout_s
+            ),
+            keyring=keyring,
             metrics_compat=settings.metrics_compat,
         )
 
@@ -115,6 +125,10 @@ async def _serve(
             app,
             log_level="warning",
             access_log=False,
+            http=Connection.of(
+                headers_timeout_s=settings.headers_timeout_s,
+                read_timeout_s=settings.read_timeout_s,
+            ),
             timeout_graceful_shutdown=int(settings.drain_timeout_s),
             # Longer than clients pool connections: who closes first loses no request in a race.
             timeout_keep_alive=300,
@@ -178,6 +192,18 @@ def _parser() -> argparse.ArgumentParser:
         "--admission-window-ms", type=float, help="wait for company when underfilled, 0 to 50"
     )
     parser.add_argument("--max-body-bytes", type=int, help="beyond this, 413")
+    parser.add_argument("--headers-timeout-s", type=float, help="beyond this, 408")
+    parser.add_argument("--body-timeout-s", type=float, help="beyond this, 408")
+    parser.add_argument(
+        "--read-timeout-s", type=float, help="a client that reads slower is cut off"
+    )
+    parser.add_argument("--api-keys", type=Path, help="file made by python -m quantgate_serve.keys")
+    parser.add_argument(
+        "--allow-remote-without-keys",
+        action="store_const",
+        const=True,
+        help="let anybody in from other machines",
+    )
     parser.add_argument("--drain-timeout-s", type=float, help="seconds to finish after SIGTERM")
     parser.add_argument(
         "--engine-process",

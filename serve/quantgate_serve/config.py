@@ -4,11 +4,12 @@ Imports neither torch nor transformers, so that the harness can read and write s
 """
 
 import hashlib
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class ConfigError(Exception):
@@ -43,6 +44,13 @@ class ServerSettings(BaseModel):
     # How long an idle or underfilled engine may wait for company for a request.
     admission_window_ms: float = Field(default=0.0, ge=0, le=50)
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
+    # How long a client may take for its headers, for its body, and to read what waits for it.
+    headers_timeout_s: float = Field(default=20.0, gt=0)
+    body_timeout_s: float = Field(default=60.0, gt=0)
+    read_timeout_s: float = Field(default=60.0, gt=0)
+    # Hashes of API keys (keys.py); without them whoever reaches the port may ask.
+    api_keys: Path | None = None
+    allow_remote_without_keys: bool = False
     drain_timeout_s: float = Field(default=20.0, ge=0)
     # An engine that has work and says nothing for so long is killed and started again.
     engine_timeout_s: float = Field(default=60.0, gt=0)
@@ -64,6 +72,16 @@ class ServerSettings(BaseModel):
     @property
     def model_name(self) -> str:
         return self.served_model_name or self.model.name
+
+    @model_validator(mode="after")
+    def _remote_clients_have_keys(self) -> Self:
+        if not (_is_loopback(self.host) or self.api_keys or self.allow_remote_without_keys):
+            raise ValueError(
+                f"host {self.host} can be reached from other machines, and without --api-keys "
+                "anybody there may use the model. Give --api-keys FILE, listen on 127.0.0.1, "
+                "or say --allow-remote-without-keys."
+            )
+        return self
 
 
 class ServedVariant(BaseModel):
@@ -92,6 +110,13 @@ class ServingConfig(BaseModel):
     champion: ServedVariant | None = None
     previous: ServedVariant | None = None
     canary: ServedVariant | None = None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def read_serving_config(path: Path) -> ServingConfig:

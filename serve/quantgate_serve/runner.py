@@ -14,11 +14,11 @@ from torch import Tensor
 
 from quantgate_serve import sampling
 from quantgate_serve.attention.interface import AttentionStep, DecodeGroup, PrefillSpan
+from quantgate_serve.constraints import Constraints
 from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.loading import LoadedModel
 from quantgate_serve.request import Request, TokenLogprob
 from quantgate_serve.scheduler import Chunk
-from quantgate_serve.structured import Constraints
 
 # A group of decodes is split where padding would read this many times the pages it needs.
 _MAX_PADDING = 1.6

@@ -27,6 +27,11 @@ class Vocabulary:
         return cls(transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
 
     @property
+    def is_fast(self) -> bool:
+        """Whether the tokenizer is a Rust one, whose vocabulary can be read."""
+        return self._fast is not None
+
+    @property
     def has_chat_template(self) -> bool:
         return bool(getattr(self._tokenizer, "chat_template", None))
 

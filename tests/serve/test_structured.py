@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from quantgate_serve import structured
+from quantgate_serve import constraints, structured
 from quantgate_serve.engine import Engine
 from quantgate_serve.request import FinishReason, Request, SamplingParams
 from quantgate_serve.structured import GrammarError, StructuredMissingError, json_grammar
@@ -81,8 +81,8 @@ def test_a_matcher_may_be_forgotten_at_any_time(
         return [request.output_ids for request in requests]
 
     kept = outputs()
-    monkeypatch.setattr(structured, "_MAX_MATCHERS", 1)
-    monkeypatch.setattr(structured, "_MAX_GRAMMARS", 1)
+    monkeypatch.setattr(constraints, "_MAX_MATCHERS", 1)
+    monkeypatch.setattr(constraints, "_MAX_GRAMMARS", 1)
     assert outputs() == kept
 
 

@@ -1,9 +1,7 @@
-"""The routes. Each reads a body, makes requests of it, and answers in OpenAI's form."""
+"""The ASGI application: which path leads where, and errors in OpenAI's form."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from time import perf_counter, perf_counter_ns
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -11,133 +9,26 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from quantgate_serve import exposition
-from quantgate_serve.client import EngineClient
-from quantgate_serve.detokenize import TextStream
-from quantgate_serve.exposition import Exposition
-from quantgate_serve.http import exchange, responses, sse
+from quantgate_serve.http import exchange, openapi, responses
+from quantgate_serve.http.chat import chat_completions
+from quantgate_serve.http.completions import completions
 from quantgate_serve.http.errors import ApiError
-from quantgate_serve.http.protocol import (
-    ChatBody,
-    CompletionBody,
-    check_token_ids,
-    choose_seed,
-    parse_body,
-    parse_messages,
-    parse_prompts,
-    sampling_params,
-)
-from quantgate_serve.request import Request
-from quantgate_serve.vocabulary import ChatTemplateError, Vocabulary
-
-
-class Service:
-    """What the routes share: one engine, one vocabulary, one name."""
-
-    def __init__(
-        self,
-        engine: EngineClient,
-        vocabulary: Vocabulary,
-        *,
-        model_name: str,
-        vocab_size: int,
-        eos_ids: frozenset[int],
-        max_body_bytes: int,
-        metrics_compat: str | None = None,
-    ) -> None:
-        self.engine = engine
-        self.vocabulary = vocabulary
-        self.model_name = model_name
-        self.vocab_size = vocab_size
-        self.eos_ids = eos_ids
-        self.max_body_bytes = max_body_bytes
-        self.exposition = Exposition(
-            model_name, lambda: engine.metrics, engine.front, also_vllm=metrics_compat == "vllm"
-        )
-        self.is_draining = False
-        self.created_s = responses.now_s()
-        # Tokenising is done here, so that a long prompt does not hold up the event loop.
-        self._tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
-
-    @property
-    def is_ready(self) -> bool:
-        return self.engine.is_warm and self.engine.is_alive and not self.is_draining
-
-    async def encode(self, texts: list[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """Token ids of each text; empty prompts are refused with a 400."""
-        started = perf_counter()
-
-        def work() -> list[list[int]]:
-            encode = self.vocabulary.encode
-            return [encode(text, add_special_tokens=add_special_tokens) for text in texts]
-
-        found = await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, work)
-        self.engine.front.tokenize_s.observe(perf_counter() - started)
-        for ids in found:
-            check_token_ids(ids, param="prompt", vocab_size=self.vocab_size)
-        return found
-
-    async def read(self, http: HttpRequest) -> bytes:
-        """The body, refused with a 413 as soon as it is too large."""
-        limit = self.max_body_bytes
-        declared = http.headers.get("content-length", "0")
-        size = int(declared) if declared.isdigit() else 0
-        body = bytearray()
-        if size <= limit:
-            async for part in http.stream():
-                body += part
-                size = len(body)
-                if size > limit:
-                    break
-        if size > limit:
-            raise ApiError(413, f"the body is larger than {limit} bytes.", code="request_too_large")
-        return bytes(body)
-
-    def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.model_name:
-            raise ApiError(
-                404,
-                f"the model {name!r} does not exist; this server has {self.model_name!r}.",
-                param="model",
-                code="model_not_found",
-            )
-
-    def requests(
-        self,
-        body: CompletionBody | ChatBody,
-        prompts: list[list[int]],
-        *,
-        max_tokens: int,
-        arrived_ns: int,
-    ) -> list[Request]:
-        """One request for each choice of each prompt."""
-        if body.logprob_token_ids:
-            check_token_ids(
-                body.logprob_token_ids, param="logprob_token_ids", vocab_size=self.vocab_size
-            )
-        seed = choose_seed(body.seed)
-        result = []
-        for ids in prompts:
-            for choice in range(body.n):
-                params = sampling_params(body, max_tokens=max_tokens, choice=choice, base_seed=seed)
-                needs_text = body.stream or params.stop
-                text = TextStream(self.vocabulary.decode, stop=params.stop) if needs_text else None
-                result.append(
-                    Request(
-                        prompt_ids=ids,
-                        params=params,
-                        eos_ids=self.eos_ids,
-                        text=text,
-                        arrived_ns=arrived_ns,
-                    )
-                )
-        return result
+from quantgate_serve.http.request_id import RequestIds
+from quantgate_serve.http.service import Service
 
 
 def build_app(service: Service) -> FastAPI:
     """The ASGI application over `service`."""
+    # FastAPI's own documentation pages load scripts from elsewhere.
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    _add_probes(app, service)
+    _add_api(app, service)
+    _add_error_forms(app)
+    app.add_middleware(RequestIds)
+    return app
 
-    app = FastAPI(title="quantgate serve", openapi_url="/openapi.json")
 
+def _add_probes(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
         if service.engine.is_alive:
@@ -152,106 +43,45 @@ def build_app(service: Service) -> FastAPI:
         return PlainTextResponse(state, status_code=503, headers={"retry-after": "1"})
 
     @app.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(http: HttpRequest) -> Response:
+        service.check_operator(http)
         # In a thread: some milliseconds of formatting would hold up every stream.
         text = await asyncio.to_thread(service.exposition.render)
         return Response(text, media_type=exposition.CONTENT_TYPE)
 
+    description = openapi.describe(needs_key=service.needs_key)
+
+    @app.get("/openapi.json")
+    async def openapi_json() -> Response:
+        return JSONResponse(description)
+
+
+def _add_api(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
-    async def models() -> Response:
+    async def models(http: HttpRequest) -> Response:
+        service.tenant(http)
         return JSONResponse({"object": "list", "data": [_model_card(service)]})
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
+    async def model(name: str, http: HttpRequest) -> Response:
+        service.tenant(http)
         service.check_model(name)
         return JSONResponse(_model_card(service))
 
-    @app.post("/v1/completions")
-    async def completions(http: HttpRequest) -> Response:
-        return await _completions(service, http)
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(http: HttpRequest) -> Response:
-        return await _chat_completions(service, http)
-
-    _add_error_forms(app)
-    return app
+    for path, answer in (
+        ("/v1/completions", completions),
+        ("/v1/chat/completions", chat_completions),
+    ):
+        app.post(path)(_route(service, answer))
 
 
-async def _completions(service: Service, http: HttpRequest) -> Response:
-    arrived_ns = perf_counter_ns()
-    body = parse_body(CompletionBody, await service.read(http))
-    service.check_model(body.model)
-    prompts = parse_prompts(body.prompt, vocab_size=service.vocab_size)
-    ids = prompts.token_ids
-    if ids is None:
-        ids = await service.encode(prompts.texts or [], add_special_tokens=body.add_special_tokens)
-    max_tokens = 16 if body.max_tokens is None else body.max_tokens
-    requests = service.requests(body, ids, max_tokens=max_tokens, arrived_ns=arrived_ns)
-    if body.stream:
-        form = sse.CompletionForm(service.vocabulary, body, service.model_name)
-        return sse.EventStream(service.engine, requests, form, usage_choices=body.usage_choices)
-    await exchange.complete(service.engine, requests, http)
-    choices = [
-        responses.completion_choice(
-            request,
-            service.vocabulary,
-            index=index,
-            echo=body.echo,
-            return_token_ids=body.return_token_ids,
-        )
-        for index, request in enumerate(requests)
-    ]
-    return _answer(service, "cmpl", "text_completion", choices, requests, body.n)
+def _route(
+    service: Service, answer: Callable[[Service, HttpRequest], Awaitable[Response]]
+) -> Callable[[HttpRequest], Awaitable[Response]]:
+    async def route(http: HttpRequest) -> Response:
+        return await answer(service, http)
 
-
-async def _chat_completions(service: Service, http: HttpRequest) -> Response:
-    arrived_ns = perf_counter_ns()
-    body = parse_body(ChatBody, await service.read(http))
-    service.check_model(body.model)
-    messages = parse_messages(body.messages)
-    try:
-        text = service.vocabulary.render_chat(messages)
-    except ChatTemplateError as error:
-        raise ApiError(400, str(error), param="messages", code="invalid_value") from error
-    # The template writes the special tokens itself.
-    (ids,) = await service.encode([text], add_special_tokens=False)
-    max_tokens = body.max_completion_tokens or body.max_tokens
-    if max_tokens is None:
-        max_tokens = max(1, service.engine.limits.max_request_tokens - len(ids))
-    requests = service.requests(body, [ids], max_tokens=max_tokens, arrived_ns=arrived_ns)
-    if body.stream:
-        form = sse.ChatForm(service.vocabulary, body, service.model_name)
-        return sse.EventStream(service.engine, requests, form, usage_choices=body.usage_choices)
-    await exchange.complete(service.engine, requests, http)
-    choices = [
-        responses.chat_choice(
-            request, service.vocabulary, index=index, return_token_ids=body.return_token_ids
-        )
-        for index, request in enumerate(requests)
-    ]
-    return _answer(service, "chatcmpl", "chat.completion", choices, requests, body.n)
-
-
-def _answer(
-    service: Service,
-    prefix: str,
-    kind: str,
-    choices: list[responses.Json],
-    requests: list[Request],
-    num_choices: int,
-) -> Response:
-    return JSONResponse(
-        {
-            "id": responses.new_id(prefix),
-            "object": kind,
-            "created": responses.now_s(),
-            "model": service.model_name,
-            "choices": choices,
-            "usage": responses.usage(requests, num_choices=num_choices),
-            "timings": responses.timings(requests),
-        }
-    )
+    return route
 
 
 def _model_card(service: Service) -> responses.Json:
@@ -271,7 +101,9 @@ def _add_error_forms(app: FastAPI) -> None:
     async def http_error(_: HttpRequest, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
             return _unexpected(error)
-        return ApiError(error.status_code, str(error.detail), code="http_error").response()
+        headers = dict(error.headers or {})
+        found = ApiError(error.status_code, str(error.detail), code="http_error", headers=headers)
+        return found.response()
 
     async def client_gone(_: HttpRequest, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it; nginx's number for the access log

@@ -4,8 +4,11 @@ from starlette.responses import JSONResponse
 
 _TYPES = {
     400: "invalid_request_error",
+    401: "invalid_request_error",
+    403: "invalid_request_error",
     404: "invalid_request_error",
     405: "invalid_request_error",
+    408: "invalid_request_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
@@ -23,6 +26,7 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         code: str | None = None,
+        headers: dict[str, str] | None = None,
         retry_after_s: int | None = None,
     ) -> None:
         super().__init__(message)
@@ -30,7 +34,9 @@ class ApiError(Exception):
         self.message = message
         self.param = param
         self.code = code
-        self.retry_after_s = retry_after_s
+        self.headers = dict(headers or {})
+        if retry_after_s is not None:
+            self.headers["retry-after"] = str(retry_after_s)
 
     def body(self) -> dict[str, dict[str, str | None]]:
         return {
@@ -43,5 +49,10 @@ class ApiError(Exception):
         }
 
     def response(self) -> JSONResponse:
-        headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
-        return JSONResponse(self.body(), status_code=self.status, headers=headers)
+        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+
+
+def invalid(param: str | None, message: str) -> ApiError:
+    """A 400 about one value; `message` says what was expected."""
+    text = message if param is None else f"{param}: {message}"
+    return ApiError(400, text, param=param, code="invalid_value")

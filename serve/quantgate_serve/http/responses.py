@@ -5,6 +5,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from starlette.responses import JSONResponse
+
 from quantgate_serve.request import FinishReason, Request, TokenLogprob
 from quantgate_serve.vocabulary import Vocabulary
 
@@ -54,6 +56,29 @@ def timings(requests: Sequence[Request]) -> Json:
         "decode_ms": max(_ms(r.first_token_ns, r.finished_ns) for r in requests),
         "ttft_ms": max(_ms(r.arrived_ns, r.first_token_ns) for r in requests),
     }
+
+
+def answer(
+    choices: list[Json],
+    requests: Sequence[Request],
+    *,
+    prefix: str,
+    kind: str,
+    model_name: str,
+    num_choices: int,
+) -> JSONResponse:
+    """The whole answer around `choices`; each prompt has `num_choices` of them."""
+    return JSONResponse(
+        {
+            "id": new_id(prefix),
+            "object": kind,
+            "created": now_s(),
+            "model": model_name,
+            "choices": choices,
+            "usage": usage(requests, num_choices=num_choices),
+            "timings": timings(requests),
+        }
+    )
 
 
 def completion_choice(

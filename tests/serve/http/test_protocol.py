@@ -10,8 +10,8 @@ from quantgate_serve.http.protocol import (
     ChatBody,
     CompletionBody,
     parse_body,
-    parse_messages,
     parse_prompts,
+    plain_messages,
     sampling_params,
 )
 
@@ -32,13 +32,27 @@ def completion(**values: Any) -> CompletionBody:
         ({"n": 0}, "n"),
         ({"n": 65}, "n"),
         ({"logprobs": 21}, "logprobs"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": [""]}, "stop.0"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"best_of": 3}, "best_of"),
         ({"suffix": "x"}, "suffix"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"logit_bias": {"1": 2}}, "logit_bias"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "yaml"}}, "response_format.type"),
+        ({"temperature": "0.5"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"n": True}, "n"),
+        ({"n": "2"}, "n"),
+        ({"n": 1.5}, "n"),
+        ({"top_k": 1 << 63}, "top_k"),
+        ({"seed": 1 << 63}, "seed"),
+        ({"seed": -(1 << 63) - 1}, "seed"),
+        ({"stop": ["a", 3]}, "stop.1"),
+        ({"stop": "x" * 257}, "stop"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"priority": "urgent"}, "priority"),
+        ({"deadline_ms": 0}, "deadline_ms"),
+        ({"logprob_token_ids": [1] * 1025}, "logprob_token_ids"),
     ],
 )
 def test_a_bad_value_is_a_400_that_names_it(values: dict[str, Any], param: str) -> None:
@@ -48,10 +62,42 @@ def test_a_bad_value_is_a_400_that_names_it(values: dict[str, Any], param: str) 
     assert caught.value.body()["error"]["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b'"a"', b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"a"',
+        b"\xff",
+        b"[" * 100_000,
+        b'{"a": ' * 5_000,
+        b'{"prompt": NaN}',
+        b'{"prompt": -Infinity}',
+        b'{"prompt": "\\ud800"}',
+        b'{"\\udfff": 1}',
+        b'{"seed": ' + b"9" * 5_000 + b"}",
+        '{"prompt": "a"}'.encode("utf-16"),
+        b'\xef\xbb\xbf{"prompt": "a"}',
+    ],
+)
 def test_a_body_that_is_no_json_object_is_a_400(raw: bytes) -> None:
     with pytest.raises(ApiError, match="the body is not"):
         parse_body(CompletionBody, raw)
+
+
+def test_null_stands_for_the_default() -> None:
+    assert completion(**dict.fromkeys(["temperature", "n", "stop", "max_tokens"])) == completion()
+
+
+def test_the_largest_values_are_taken() -> None:
+    largest = (1 << 63) - 1
+    body = completion(top_k=largest, seed=largest, n=64, logprobs=20, stop=["x" * 256] * 16)
+    assert sampling_params(body, max_tokens=1, choice=63, base_seed=largest).seed == largest + 63
+
+
+def test_an_integer_may_be_written_as_a_float() -> None:
+    assert completion(n=2.0, max_tokens=3.0).max_tokens == 3
 
 
 def test_a_missing_prompt_is_a_400() -> None:
@@ -103,24 +149,33 @@ def test_chat_top_logprobs_need_logprobs() -> None:
         parse_body(ChatBody, raw)
 
 
+def chat(*messages: Any) -> ChatBody:
+    return parse_body(ChatBody, json.dumps({"messages": messages}).encode())
+
+
 def test_content_parts_of_text_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert parse_messages([{"role": "user", "content": parts}]) == [
-        {"role": "user", "content": "ab"}
-    ]
+    body = chat({"role": "user", "content": parts, "name": "me"})
+    assert plain_messages(body.messages) == [{"role": "user", "content": "ab", "name": "me"}]
 
 
 @pytest.mark.parametrize(
-    "message",
+    ("message", "param"),
     [
-        {},
-        {"role": "user"},
-        {"content": "a"},
-        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
-        {"role": "user", "content": ["a"]},
-        {"role": 1, "content": "a"},
+        ({}, "messages.0.role"),
+        ({"role": "user"}, "messages.0.content"),
+        ({"content": "a"}, "messages.0.role"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "messages.0.content.0.type",
+        ),
+        ({"role": "user", "content": ["a"]}, "messages.0.content.0"),
+        ({"role": 1, "content": "a"}, "messages.0.role"),
+        ({"role": "user", "content": None}, "messages.0.content"),
+        ("hello", "messages.0"),
     ],
 )
-def test_a_message_without_role_and_text_is_a_400(message: dict[str, Any]) -> None:
-    with pytest.raises(ApiError, match=r"messages\.0: expected a role"):
-        parse_messages([message])
+def test_a_message_without_role_and_text_is_a_400(message: Any, param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        chat(message)
+    assert (caught.value.status, caught.value.param) == (400, param)

@@ -1,0 +1,45 @@
+"""POST /v1/chat/completions."""
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from quantgate_serve.http import exchange, responses, sse
+from quantgate_serve.http.errors import invalid
+from quantgate_serve.http.protocol import ChatBody, Prompts, plain_messages
+from quantgate_serve.http.service import Service
+from quantgate_serve.vocabulary import ChatTemplateError
+
+
+async def chat_completions(service: Service, http: HttpRequest) -> Response:
+    """Answer the messages."""
+    body, asked = await service.parse(ChatBody, http)
+    messages = plain_messages(body.messages)
+    try:
+        text = await service.in_thread(lambda: service.vocabulary.render_chat(messages))
+    except ChatTemplateError as error:
+        raise invalid("messages", str(error)) from error
+    # The template writes the special tokens itself.
+    (ids,) = await service.encode(Prompts([text], None), add_special_tokens=False, param="messages")
+    grammar = await service.grammar(body)
+    max_tokens = body.max_completion_tokens or body.max_tokens
+    if max_tokens is None:
+        max_tokens = max(1, service.engine.limits.max_request_tokens - len(ids))
+    requests = service.requests(body, [ids], asked, max_tokens=max_tokens, grammar=grammar)
+    if body.stream:
+        form = sse.ChatForm(service.vocabulary, body, service.model_name)
+        return sse.EventStream(service.engine, requests, form, usage_choices=body.usage_choices)
+    await exchange.complete(service.engine, requests, http)
+    choices = [
+        responses.chat_choice(
+            request, service.vocabulary, index=index, return_token_ids=body.return_token_ids
+        )
+        for index, request in enumerate(requests)
+    ]
+    return responses.answer(
+        choices,
+        requests,
+        prefix="chatcmpl",
+        kind="chat.completion",
+        model_name=service.model_name,
+        num_choices=body.n,
+    )
