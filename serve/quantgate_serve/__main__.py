@@ -83,6 +83,7 @@ async def _serve(
         ModelRefusedError: the engine cannot serve this model.
         EngineStoppedError: it died while loading, or too often.
     """
+    from quantgate_serve.channel import Loaded
     from quantgate_serve.client import EngineClient
     from quantgate_serve.engine_child import EngineThread, launch_process
     from quantgate_serve.http.admin import add_admin_routes
@@ -113,8 +114,9 @@ async def _serve(
             metrics_compat=settings.metrics_compat,
         )
 
-        def switch(vocabulary: Vocabulary) -> None:
+        def switch(vocabulary: Vocabulary, loaded: Loaded) -> None:
             service.vocabulary = vocabulary
+            service.vocab_size, service.eos_ids = loaded.vocab_size, loaded.eos_ids
 
         reload = Reload(
             engine, lambda: _settings(arguments), on_switch=switch, watched=arguments.config

@@ -90,6 +90,11 @@ class EngineClient:
         await asyncio.gather(*(child.stop() for child in self._children() if child.pid))
 
     @property
+    def loaded(self) -> Loaded | None:
+        """The model that serves now; None while there is none."""
+        return None if self._serving is None else self._serving.loaded
+
+    @property
     def is_warm(self) -> bool:
         """Whether requests are taken now; while one engine replaces another they are."""
         child = self._serving

@@ -11,6 +11,7 @@ from time import perf_counter_ns
 import torch
 
 from quantgate_serve.admission import Admission, AdmissionLimits
+from quantgate_serve.finite import NonFiniteLogitsError
 from quantgate_serve.memory import read_memory
 from quantgate_serve.metrics import EngineMetrics
 from quantgate_serve.request import (
@@ -188,12 +189,19 @@ class Engine:
         if len(plan) == 1:
             request = plan[0].request
             request.error = _request_error(error, is_oom=is_oom)
+            if isinstance(error, NonFiniteLogitsError):
+                self._erase(request)
             self._finish(request, FinishReason.ERROR)
             return []
         if is_oom:
             self.metrics.oom_retry += 1
         middle = len(plan) // 2
         return self._compute(plan[:middle]) + self._compute(plan[middle:])
+
+    def _erase(self, request: Request) -> None:
+        """Leave nothing of `request` in the pages that are its own: masked NaN is still NaN."""
+        pool = self._scheduler.pool
+        self._runner.erase([page for page in request.pages if pool.references(page) == 1])
 
     def _advance(self, results: list[ChunkResult]) -> None:
         now = perf_counter_ns()
@@ -282,6 +290,12 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _request_error(error: Exception, *, is_oom: bool) -> RequestError:
+    if isinstance(error, NonFiniteLogitsError):
+        return RequestError(
+            f"{error} for this request, so there is no token to choose. Other requests are not "
+            "affected; the variant should be measured again.",
+            "non_finite_logits",
+        )
     if is_oom:
         return RequestError(
             "out of memory: this request does not fit even alone. Shorten it.", "out_of_memory"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from quantgate_serve.channel import Loaded
 from quantgate_serve.client import EngineClient, EngineStoppedError, ModelRefusedError
 from quantgate_serve.config import ConfigError, ServerSettings
 from quantgate_serve.vocabulary import Vocabulary
@@ -44,13 +45,13 @@ class Reload:
         engine: EngineClient,
         read_settings: Callable[[], ServerSettings],
         *,
-        on_switch: Callable[[Vocabulary], None],
+        on_switch: Callable[[Vocabulary, Loaded], None],
         watched: Path | None = None,
     ) -> None:
         """
         Args:
             read_settings: reads and verifies; called in a thread, raises ConfigError.
-            on_switch: told the new vocabulary once the new weights serve.
+            on_switch: told of the new model once it serves.
             watched: the file whose change asks for a reload (see `watch`).
         """
         self._engine = engine
@@ -112,7 +113,8 @@ class Reload:
         await asyncio.to_thread(_check_tokenizer, old.model, new.model)
         vocabulary = await asyncio.to_thread(Vocabulary.load, new.model)
         how = await engine.replace(new)
-        self._on_switch(vocabulary)
+        if engine.loaded is not None:
+            self._on_switch(vocabulary, engine.loaded)
         return self._reloaded(how)
 
     def _reloaded(self, how: str) -> Reloaded:

@@ -15,6 +15,7 @@ from torch import Tensor
 from quantgate_serve import sampling
 from quantgate_serve.attention.interface import AttentionStep, DecodeGroup, PrefillSpan
 from quantgate_serve.constraints import Constraints
+from quantgate_serve.finite import check_finite
 from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.loading import LoadedModel
 from quantgate_serve.request import Request, TokenLogprob
@@ -53,7 +54,11 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, plan: Sequence[Chunk]) -> list[ChunkResult]:
-        """Compute `plan`. Writing a chunk twice is harmless, so a failed step can be retried."""
+        """Compute `plan`. Writing a chunk twice is harmless, so a failed step can be retried.
+
+        Raises:
+            NonFiniteLogitsError: of one of the requests at least.
+        """
         decodes = sorted(
             (chunk for chunk in plan if chunk.length == 1 and chunk.start > 0),
             key=lambda chunk: chunk.start,
@@ -62,7 +67,12 @@ class Runner:
         ordered = decodes + prefills
         starts, rows = _rows_to_read(ordered)
         logits = self._forward(ordered, decodes, prefills, starts, rows)
+        check_finite(logits)
         return self._read(ordered, logits)
+
+    def erase(self, pages: Sequence[int]) -> None:
+        """Forget what `pages` hold: their next owner reads the slots that it has not written."""
+        self._kv.erase(pages)
 
     def _forward(
         self,

@@ -1,12 +1,14 @@
 """The engine as a whole: the right tokens, whoever shares the batch, whatever fails."""
 
 import random
+import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from quantgate_serve.admission import QueueFullError, RequestTooLongError
 from quantgate_serve.engine import Engine
@@ -250,6 +252,116 @@ def test_memory_that_runs_out_at_random_steps_changes_no_token(
     assert engine.metrics.oom_retry > 3
     assert [r.output_ids for r in shaken] == [r.output_ids for r in calm]
     assert all(len(r.logprobs) == r.num_output for r in shaken)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_memory_that_runs_out_ends_only_who_cannot_fit_alone_also_across_preemption(
+    seed: int,
+    make_engine: MakeEngine,
+    make_request: MakeRequest,
+    prompts: Prompts,
+    run_all: RunAll,
+    generate: Generate,
+    llama_folder: Path,
+) -> None:
+    source = random.Random(seed)
+    engine = make_engine(kv_tokens=160, prefix_cache=seed % 2 == 0, max_batched_tokens=48)
+    requests = [make_request(prompt, max_tokens=40) for prompt in prompts(10)]
+    culprit = source.choice(requests)
+    fatal_at = source.randrange(40)
+
+    def fails(plan: Sequence[Chunk]) -> Exception | None:
+        is_fatal = any(c.request is culprit and c.request.num_output >= fatal_at for c in plan)
+        if is_fatal or (len(plan) > 1 and source.random() < 0.3):
+            return torch.OutOfMemoryError("CUDA out of memory")
+        return None
+
+    engine._runner = FailingRunner(engine._runner, fails)  # type: ignore[assignment]
+    run_all(engine, requests)
+    assert culprit.error is not None
+    assert culprit.error.code == "out_of_memory"
+    assert culprit.num_output == fatal_at
+    for request in requests:
+        if request is not culprit:
+            expected = generate(llama_folder, request.prompt_ids, max_tokens=40)
+            assert request.output_ids == expected
+    assert engine.metrics.preemptions > 0
+    assert engine.metrics.oom > engine.metrics.oom_retry > 0
+    assert engine.metrics.finished == {"length": 9, "error": 1}
+
+
+def test_memory_that_really_runs_out_ends_only_the_oversized_request(
+    save_model: Callable[..., Path],
+    config_of: Callable[..., Any],
+    make_engine: MakeEngine,
+    make_request: MakeRequest,
+    generate: Generate,
+) -> None:
+    # 200 rows of logits take 96 MB, one takes half a megabyte.
+    folder = save_model(config_of(transformers.LlamaConfig, vocab_size=120_000))
+    engine = make_engine(folder, max_batched_tokens=512)
+    small = [make_request([i + 2, 3, 4], max_tokens=8) for i in range(4)]
+    expected = [generate(folder, request.prompt_ids, max_tokens=8) for request in small]
+    oversized = make_request([5] * 200, max_tokens=0, prompt_logprobs=True, num_logprobs=0)
+    engine.warm_up()
+    engine.submit([*small[:2], oversized, *small[2:]])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 48 * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        while engine.has_work:
+            engine.step()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert oversized.error is not None
+    assert oversized.error.code == "out_of_memory"
+    assert [request.output_ids for request in small] == expected
+    assert engine.metrics.oom > 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("prompt_logprobs", [False, True])
+def test_logits_that_are_no_numbers_end_only_their_request_and_leave_no_trace(
+    temperature: float,
+    prompt_logprobs: bool,
+    save_model: Callable[..., Path],
+    config_of: Callable[..., Any],
+    make_engine: MakeEngine,
+    load_model: Callable[[Path], Any],
+    make_request: MakeRequest,
+    prompts: Prompts,
+    run_all: RunAll,
+    generate: Generate,
+) -> None:
+    folder = save_model(config_of(transformers.LlamaConfig))
+    healthy = [make_request(prompt) for prompt in prompts(9)]
+    expected = [generate(folder, request.prompt_ids) for request in healthy]
+    said = {token for request in healthy for token in request.prompt_ids}
+    said.update(*expected)
+    poison = min(set(range(2, 384)) - said)
+    model = load_model(folder).model
+    model.get_input_embeddings().weight[poison] = float("nan")
+    # So few pages that the next requests get those of the failed ones.
+    engine = make_engine(folder, kv_tokens=512, prefix_cache=False)
+    ill = [
+        make_request(
+            [*prompt, poison, 7],
+            temperature=temperature,
+            prompt_logprobs=prompt_logprobs,
+            num_logprobs=1,
+        )
+        for prompt in prompts(3)
+    ]
+    run_all(engine, [*ill[:2], *healthy, ill[2]])
+    again = [make_request(request.prompt_ids) for request in healthy]
+    run_all(engine, again)
+    for request in ill:
+        assert request.error is not None
+        assert request.error.code == "non_finite_logits"
+        assert request.output_ids == []
+    assert [request.output_ids for request in healthy] == expected
+    assert [request.output_ids for request in again] == expected
 
 
 def test_what_can_never_fit_is_refused(make_engine: MakeEngine, make_request: MakeRequest) -> None:

@@ -12,11 +12,14 @@ import yaml
 
 from quantgate_serve import reload as reload_module
 from quantgate_serve.__main__ import _settings
+from quantgate_serve.channel import Loaded
 from quantgate_serve.client import EngineClient
 from quantgate_serve.config import ServerSettings, sha256_of
 from quantgate_serve.engine_child import EngineThread
 from quantgate_serve.reload import Reload, ReloadRefusedError
 from quantgate_serve.vocabulary import Vocabulary
+
+Switched = tuple[Vocabulary, Loaded]
 
 
 class Promotions:
@@ -63,7 +66,7 @@ def promotions(tmp_path: Path, llama_folder: Path) -> Promotions:
 
 
 def reloading(
-    promotions: Promotions, work: Callable[[EngineClient, Reload, list[Vocabulary]], Any]
+    promotions: Promotions, work: Callable[[EngineClient, Reload, list[Switched]], Any]
 ) -> None:
     """Runs `work` beside an engine that serves the promoted weights."""
 
@@ -73,9 +76,12 @@ def reloading(
         async with asyncio.timeout(60):
             while not engine.is_warm:
                 await asyncio.sleep(0.01)
-            switched: list[Vocabulary] = []
+            switched: list[Switched] = []
             reload = Reload(
-                engine, promotions.settings, on_switch=switched.append, watched=promotions.path
+                engine,
+                promotions.settings,
+                on_switch=lambda *new: switched.append(new),
+                watched=promotions.path,
             )
             try:
                 await work(engine, reload, switched)
@@ -86,7 +92,7 @@ def reloading(
 
 
 def test_a_promoted_variant_is_taken_over(promotions: Promotions) -> None:
-    async def work(engine: EngineClient, reload: Reload, switched: list[Vocabulary]) -> None:
+    async def work(engine: EngineClient, reload: Reload, switched: list[Switched]) -> None:
         folder = promotions.build("second")
         promotions.promote("second", digit="1")
         reloaded = await reload.now()
@@ -98,7 +104,7 @@ def test_a_promoted_variant_is_taken_over(promotions: Promotions) -> None:
 
 
 def test_weights_that_serve_already_are_left_alone(promotions: Promotions) -> None:
-    async def work(engine: EngineClient, reload: Reload, switched: list[Vocabulary]) -> None:
+    async def work(engine: EngineClient, reload: Reload, switched: list[Switched]) -> None:
         reloaded = await reload.now()
         assert (reloaded.how, reloaded.epoch) == ("these weights serve already", 0)
         assert switched == []
@@ -150,7 +156,7 @@ def test_what_cannot_be_served_leaves_the_old_weights_serving(
     promotions: Promotions,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def work(engine: EngineClient, reload: Reload, switched: list[Vocabulary]) -> None:
+    async def work(engine: EngineClient, reload: Reload, switched: list[Switched]) -> None:
         promotions.build("second")
         promotions.promote("second", digit="1")
         spoil(promotions)
@@ -169,7 +175,7 @@ def test_a_change_of_the_file_is_noticed_and_a_refused_one_is_not_tried_again(
 ) -> None:
     monkeypatch.setattr(reload_module, "_POLL_S", 0.02)
 
-    async def work(engine: EngineClient, reload: Reload, switched: list[Vocabulary]) -> None:
+    async def work(engine: EngineClient, reload: Reload, switched: list[Switched]) -> None:
         watching = asyncio.create_task(reload.watch())
         promotions.build("second")
         promotions.num_reads = 0
@@ -186,7 +192,7 @@ def test_a_change_of_the_file_is_noticed_and_a_refused_one_is_not_tried_again(
 
 
 def test_a_second_reload_waits_for_the_first(promotions: Promotions) -> None:
-    async def work(engine: EngineClient, reload: Reload, switched: list[Vocabulary]) -> None:
+    async def work(engine: EngineClient, reload: Reload, switched: list[Switched]) -> None:
         promotions.build("second")
         promotions.promote("second", digit="1")
         first, second = await asyncio.gather(reload.now(), reload.now())

@@ -4,6 +4,7 @@ A page is one contiguous block [KV heads, page_size, head dim], so that gatherin
 head by head gives [KV heads, L, D] without a transposing copy.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +60,12 @@ class KVStorage:
         """Store `key` and `value` [T * KV heads, D] at `slot_rows` [T * KV heads]."""
         self._keys_by_slot[layer].index_copy_(0, slot_rows, key)
         self._values_by_slot[layer].index_copy_(0, slot_rows, value)
+
+    def erase(self, pages: Sequence[int]) -> None:
+        """Zero `pages`: what is not finite would reach whoever gets them next."""
+        rows = torch.tensor(pages, device=self.keys[0].device)
+        for tensor in (*self.keys, *self.values):
+            tensor.index_fill_(0, rows, 0)
 
     def gather(self, layer: int, page_rows: Tensor, *, num_sequences: int) -> tuple[Tensor, Tensor]:
         """Contiguous keys and values [num_sequences * KV heads, L, D] of the pages in `page_rows`.
