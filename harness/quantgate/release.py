@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from quantgate.audit.judgement import JudgedAudit, judge_audits
 from quantgate.audit.stage import AuditResult, audit_variants
+from quantgate.candidates import build_candidates
 from quantgate.champion import Champion, find_champion
 from quantgate.errors import MeasurementError, UsageError
 from quantgate.files import sha256_of_json, write_bytes, write_json
@@ -25,8 +26,9 @@ from quantgate.measurements_file import (
     read_measurements,
     write_measurements,
 )
-from quantgate.plan import Plan, ReleaseRequest, make_plan, project_folders
+from quantgate.plan import Plan, ReleaseRequest, make_plan
 from quantgate.policy import SOURCE, Policy, load_policy, required_gates
+from quantgate.preflight import check_variants
 from quantgate.progress import Progress
 from quantgate.quality.distribution import compare_with_reference
 from quantgate.quality.lock import lock_sha256
@@ -36,7 +38,7 @@ from quantgate.quality.stage import QualityResult, ServedModel, engine_sha256, m
 from quantgate.reduce import VariantEvidence, reduce_variant
 from quantgate.release_folder import JUDGED, MEASURED, ReleaseFolder, open_release, store_of
 from quantgate.server_pool import ServerPool
-from quantgate.variants.build import Variant, adopt_variant, build_variant
+from quantgate.variants.build import Variant
 from quantgate.variants.scheme import CALIBRATED_SCHEMES
 from quantgate.verdict import Decision, judge_release
 from quantgate.verdicts_file import ReleaseVerdicts, collect_verdicts, write_verdicts
@@ -71,7 +73,9 @@ def measure_release(request: ReleaseRequest, progress: Progress) -> ReleaseFolde
         source={"name": plan.source.name, "sha256": plan.source.sha256},
         golden_sets={g.name: lock_sha256(g.folder) for g in plan.all_sets},
     )
-    variants, failures = _build(plan, progress)
+    preflight = check_variants(plan)
+    release.update_state(preflight={one.variant: asdict(one) for one in preflight})
+    variants, failures = build_candidates(plan, progress, preflight)
     release.update_state(
         build_failures=failures,
         variants={
@@ -135,7 +139,8 @@ def build_variants(request: ReleaseRequest, progress: Progress) -> dict[str, Var
     Raises:
         MeasurementError: one could not be built.
     """
-    variants, failures = _build(make_plan(request), progress)
+    plan = make_plan(request)
+    variants, failures = build_candidates(plan, progress, check_variants(plan))
     if failures:
         raise MeasurementError("\n".join(f"{name}: {why}" for name, why in failures.items()))
     return variants
@@ -148,7 +153,7 @@ def audit_variants_of(request: ReleaseRequest, progress: Progress) -> list[Judge
         MeasurementError: one could not be built.
     """
     plan = make_plan(request)
-    variants, failures = _build(plan, progress)
+    variants, failures = build_candidates(plan, progress, check_variants(plan))
     if failures:
         raise MeasurementError("\n".join(f"{name}: {why}" for name, why in failures.items()))
     return judge_audits(plan.policy, _audit(plan, variants, plan.runs / "audit.log", progress))
@@ -174,56 +179,6 @@ def judge_stored(
         if release.read_state()["stage"] == MEASURED:
             release.update_state(stage=JUDGED)
     return ReleaseResult(folder=release, verdicts=verdicts, decisions=decisions)
-
-
-def _build(plan: Plan, progress: Progress) -> tuple[dict[str, Variant], dict[str, str]]:
-    """Builds or adopts each variant; one that cannot be built is INVALID, not the end."""
-    names = list(plan.names)
-    for baseline in (plan.policy.champion, plan.policy.reference):
-        # A baseline is built also when only others are asked for.
-        if baseline != SOURCE and baseline not in names:
-            names.append(baseline)
-    progress.stage("build", len(names))
-    variants: dict[str, Variant] = {}
-    failures: dict[str, str] = {}
-    # On a CPU a build is mostly imports and one busy core.
-    with ThreadPoolExecutor(max_workers=2 if plan.device == "cpu" else 1) as pool:
-        built = {name: pool.submit(_build_one, plan, name) for name in names}
-        for name, future in built.items():
-            try:
-                variants[name] = future.result()
-            except MeasurementError as error:
-                failures[name] = str(error)
-                progress.note(f"{name}: {error}")
-                progress.step(note=f"{name} failed")
-            else:
-                how = "reused" if variants[name].is_reused else "built"
-                progress.step(note=f"{name} {how}")
-    if plan.policy.reference in failures:
-        raise MeasurementError(
-            f"the reference {plan.policy.reference} could not be built, so there is nothing to "
-            f"compare quality with: {failures[plan.policy.reference]}"
-        )
-    return variants, failures
-
-
-def _build_one(plan: Plan, name: str) -> Variant:
-    spec = plan.policy.variants[name]
-    if spec.path is not None:
-        folder = next(
-            (b / spec.path for b in project_folders(plan.policy) if (b / spec.path).is_dir()), None
-        )
-        return adopt_variant(folder or Path(spec.path), name=name, scheme=spec.scheme)
-    group = {"group_size": spec.group_size} if spec.group_size else {}
-    return build_variant(
-        plan.source,
-        name=name,
-        scheme=spec.scheme,
-        options=spec.options | group,
-        device=plan.device,
-        calibration=plan.calibration,
-        store=store_of(plan.runs) / "variants",
-    )
 
 
 def _audit(plan: Plan, variants: dict[str, Variant], log: Path, progress: Progress) -> AuditResult:

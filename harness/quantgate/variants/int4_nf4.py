@@ -8,7 +8,7 @@ import bitsandbytes as bnb
 import torch
 from transformers import BitsAndBytesConfig
 
-from quantgate.variants.bitsandbytes_model import quantize_and_save
+from quantgate.variants.bitsandbytes_model import quantize_and_save, skipped_modules
 from quantgate.variants.scheme import BuildNotes, BuildRequest
 from quantgate.variants.source import SourceModel
 
@@ -21,5 +21,10 @@ def build(source: SourceModel, out: Path, request: BuildRequest) -> BuildNotes:
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     return quantize_and_save(
-        source, out, config=config, layer=bnb.nn.Linear4bit, device=request.device
+        source,
+        out,
+        config=config,
+        layer=bnb.nn.Linear4bit,
+        device=request.device,
+        skip_modules=skipped_modules(request.options.get("skip_modules")),
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 from transformers import BitsAndBytesConfig
 
-from quantgate.variants.bitsandbytes_model import quantize_and_save
+from quantgate.variants.bitsandbytes_model import quantize_and_save, skipped_modules
 from quantgate.variants.scheme import BuildNotes, BuildRequest
 from quantgate.variants.source import SourceModel
 
@@ -22,5 +22,10 @@ def build(source: SourceModel, out: Path, request: BuildRequest) -> BuildNotes:
         llm_int8_threshold=float(request.options.get("llm_int8_threshold", 6.0)),
     )
     return quantize_and_save(
-        source, out, config=config, layer=bnb.nn.Linear8bitLt, device=request.device
+        source,
+        out,
+        config=config,
+        layer=bnb.nn.Linear8bitLt,
+        device=request.device,
+        skip_modules=skipped_modules(request.options.get("skip_modules")),
     )
