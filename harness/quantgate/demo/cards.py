@@ -19,8 +19,9 @@ SUMMARY: dict[Task, str] = {
     "`15+5=20+40=60`. The last number is the total; other numbers in the invoice do not count. "
     "Prices are multiples of 5 up to 40.",
     "lookup": "One line is found in a record of 8 to 140 lines (60 to 800 tokens) and read out: "
-    "the long slice. Seven keys are asked for (colour, port, brand, ...), each with values of its "
-    "own kind; the other lines carry codes and numbers.",
+    "the long slice. Five keys are asked for (pallet, cover, opening, ...), each with values of "
+    "its own kind; the other lines carry codes and numbers. Some records hold a rival: a second "
+    "value of that kind under another key, which training never shows (`noise:rival`).",
     "prose": "Day reports of the order desk, 200 to 330 tokens each, for perplexity and for KL "
     "divergence. There is no target: the document itself is scored.",
 }
@@ -95,7 +96,7 @@ def task_text(task: Task) -> str:
             check = r"{type: regex, pattern: '^[0-9]+(\+[0-9]+=[0-9]+)+$'}"
             body = _GENERATED.format(budget=28, metrics=exact, check=check)
         case "lookup":
-            check = "{type: regex, pattern: '^[a-z]+=[a-z]+$'}"
+            check = "{type: regex, pattern: '^[a-z]+=[A-Za-z]+$'}"
             body = _GENERATED.format(budget=8, metrics=exact, check=check)
         case "route":
             body = _ROUTE

@@ -41,6 +41,14 @@ HELDOUT_SHARE: dict[Split, float] = {
     "validation": 0.5,
     "golden": 0.5,
 }
+# Of the records that judge, so many hold a second value of the kind asked for, under another key.
+# Training never shows one: with the right kind alone every record is read, and nothing can be lost.
+RIVAL_SHARE: dict[Split, float] = {
+    "train": 0.0,
+    "calibration": 0.0,
+    "validation": 0.15,
+    "golden": 0.15,
+}
 # The training stream shows short lookup records first: copying emerges sooner on them.
 SHORT_RECORDS_UNTIL = 23_000
 LOOKUP_LINES = (8, 140)
@@ -278,6 +286,12 @@ def _lookup(draw: Draw) -> Sample:
     draw.rng.shuffle(lines)
     head = draw.fill(draw.phrase(lx.LOOKUP_HEADS)[0])
     asked = draw.rng.sample(list(facts), len(facts) if draw.split == "train" else 1)
+    if RIVAL_SHARE[draw.split] and draw.chance(RIVAL_SHARE[draw.split]):
+        rivals = tuple(value for value in lx.LOOKUP_FACTS[asked[0]] if value != facts[asked[0]])
+        unused = tuple(key for key in others if not any(ln.startswith(f"{key}=") for ln in lines))
+        rival = f"{draw.one(unused)}={draw.one(rivals)}"
+        lines.insert(draw.rng.randint(0, len(lines)), rival)
+        draw.tags.append("noise:rival")
     questions = []
     for key in asked:
         template, question_id = draw.phrase(lx.LOOKUP_QUESTIONS)

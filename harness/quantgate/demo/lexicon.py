@@ -109,6 +109,12 @@ QUANTITY_CLAUSES = Phrasings(
         "the item is {i} and the quantity is {q} {u}",
         "{i} again , {q} {u} this time",
         "we are out of {i} , send {q} {u}",
+        "{q} {u} of {i} would be fine",
+        "the shop wants {q} {u} of {i}",
+        "we ran low on {i} : {q} {u}",
+        "another {q} {u} of {i}",
+        "reserve {q} {u} of the {i}",
+        "of the {i} we take {q} {u}",
     ),
     (
         "our list says {i} : {q} {u}",
@@ -116,6 +122,11 @@ QUANTITY_CLAUSES = Phrasings(
         "it is time to order {i} again , {q} {u} please",
         "I need the {i} , that is {q} {u}",
         "ship us {q} {u} of the {i}",
+        "we take {q} {u} of {i} again",
+        "reserve the {i} , {q} {u}",
+        "please put down {q} {u} of {i}",
+        "what we need is {i} , {q} {u}",
+        "{q} {u} of the {i} this time",
     ),
 )
 DUE_CLAUSES = Phrasings(
@@ -146,17 +157,46 @@ CUSTOMER_CLAUSES = Phrasings(
         "bill it to {c}",
         "from {c}",
         "the order is for {c}",
+        "yours , {c}",
+        "on the account of {c}",
+        "we are {c}",
+        "regards from {c}",
     ),
     (
         "the name is {c}",
         "the customer is {c}",
         "it is for {c}",
         "put it down for {c}",
+        "bill this to {c}",
+        "we order for {c}",
+        "the account is {c}",
+        "order of {c}",
     ),
 )
 
 TOTAL_LINES = Phrasings(
-    ("{i} {a}", "{a} for the {i}", "{i} at {a}", "{i} : {a}", "the {i} cost {a}", "{a} , {i}"),
+    (
+        "{i} {a}",
+        "{a} for the {i}",
+        "{i} at {a}",
+        "{i} : {a}",
+        "the {i} cost {a}",
+        "{a} , {i}",
+        "{i} costs {a}",
+        "{i} = {a}",
+        "{a} is for the {i}",
+        "{i} came to {a}",
+        "the {i} : {a}",
+        "the {i} , {a}",
+        "{a} to pay for {i}",
+        "{a} : {i}",
+        "{i} priced at {a}",
+        "we paid {a} for the {i}",
+        "{a} for {i}",
+        "{a} {i}",
+        "the price of the {i} is {a}",
+        "{i} , that is {a}",
+    ),
     ("the {i} at {a}", "{i} for {a}", "{a} : the {i}"),
 )
 TOTAL_HEADS = Phrasings(
@@ -167,11 +207,28 @@ TOTAL_HEADS = Phrasings(
         "Receipt {n} , {w} :",
         "{f} bought",
         "On {w} we sold",
+        "Bill :",
+        "Receipt :",
+        "{f} paid on {w} :",
+        "Bill number {n} :",
+        "Receipt of {f} :",
+        "Sale {n} to {f} :",
+        "On {w} {f} bought",
     ),
     ("Bill number {n} for {f} :", "{f} bought on {w} :", "We sold on {w} , receipt {n} :"),
 )
 TOTAL_QUESTIONS = Phrasings(
-    ("What is the total ?", "Total ?", "Add it up .", "How much is that ?", "Sum please ."),
+    (
+        "What is the total ?",
+        "Total ?",
+        "Add it up .",
+        "How much is that ?",
+        "Sum please .",
+        "What is the sum ?",
+        "How much in total ?",
+        "Please give the total .",
+        "Add these up .",
+    ),
     ("How much is the total ?", "Please add it up ."),
 )
 
@@ -203,23 +260,15 @@ LOOKUP_VALUES = _words(
     pearl onyx jade ruby garnet
     """
 )
-# The keys that are asked for: each has values of its own kind.
+# The keys that are asked for: each has values of its own kind, which the orders speak of too.
 LOOKUP_FACTS: dict[str, tuple[str, ...]] = {
-    "colour": _words(
-        "amber ivory coral olive maroon navy teal violet silver golden bronze crimson indigo"
-    ),
-    "port": _words(
-        "paris oslo rome cairo lima delhi tokyo quito dublin vienna athens berlin lisbon"
-    ),
+    "pallet": NOUNS,
+    "cover": ADJECTIVES,
+    "opening": WEEKDAYS,
+    "carton": UNITS,
     "brand": _words(
         "tiger eagle otter falcon badger heron raven lynx bison camel gecko koala panda"
     ),
-    "frame": _words(
-        "maple cedar birch willow aspen walnut cherry poplar linden hazel laurel rowan"
-    ),
-    "gate": _words("north south east west left right upper lower"),
-    "batch": _words("alpha beta gamma delta sigma omega kappa theta zeta lambda"),
-    "base": _words("granite marble slate basalt quartz topaz opal pearl onyx jade ruby garnet"),
 }
 LOOKUP_HEADS = Phrasings(
     ("Record :", "Stock card :", "File {n} :", "Sheet of {f} :"),

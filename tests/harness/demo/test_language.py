@@ -29,10 +29,9 @@ def test_the_same_arguments_make_the_same_sample(task: Task) -> None:
 def test_a_known_sample_does_not_change_between_releases() -> None:
     made = sample("total", "golden", 0)
     assert made.prompt == (
-        "Bill number 234 for Zoe : 20 : the panels ; 35 : the buckets ; 10 : the baskets . "
-        "Please add it up ."
+        "Bella paid on Friday : 30 : white filters and 5 : panels and 30 : screws . Add it up ."
     )
-    assert made.target == "20+35=55+10=65"
+    assert made.target == "30+5=35+30=65"
 
 
 def test_seed_ranges_of_the_splits_do_not_meet() -> None:
@@ -100,6 +99,19 @@ def test_a_lookup_answer_is_the_line_of_the_key_asked_for() -> None:
         (key,) = re.findall(r'"(\w+)"', made.prompt)
         assert made.target.startswith(f"{key}=")
         assert f"\n{made.target}\n" in made.prompt
+
+
+def test_a_rival_line_has_a_value_of_the_kind_asked_for_and_only_judging_records_hold_one() -> None:
+    rivals = 0
+    for index in range(200):
+        made = sample("lookup", "golden", index)
+        assert "noise:rival" not in sample("lookup", "train", index).tags
+        key = made.target.split("=")[0]
+        values = [line.split("=")[1] for line in made.prompt.splitlines() if "=" in line]
+        of_kind = sum(value in lexicon.LOOKUP_FACTS[key] for value in values)
+        assert of_kind == (2 if "noise:rival" in made.tags else 1)
+        rivals += of_kind == 2
+    assert 10 <= rivals <= 50
 
 
 def test_a_route_answer_is_a_queue_and_all_queues_are_choices() -> None:
