@@ -265,17 +265,19 @@ class EngineClient:
             if id in child.in_flight:
                 self._leave_queue(child.in_flight[id])
         stopped: list[Request] = []
-        for growth in report.grown:
-            request = child.in_flight.get(growth[0])
-            if request is None:
+        for id, token in zip(report.ids, report.tokens, strict=True):
+            request = child.in_flight.get(id)
+            if request is None or request.is_finished:
                 continue
-            if transcript.grow(request, growth):
+            logprobs = report.logprobs.get(id, [])
+            if transcript.grow(request, [token], logprobs[:1]):
                 self._end(request, FinishReason.STOP)
                 stopped.append(request)
+            del logprobs[:1]
             transcript.tell(request)
         self._forget(child, stopped, FinishReason.STOP)
         for ended in report.ended:
-            request = child.settle(ended.growth[0])
+            request = child.settle(ended.id)
             if request is not None:
                 transcript.end(request, ended)
                 self._leave_queue(request)

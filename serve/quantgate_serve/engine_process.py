@@ -22,8 +22,8 @@ from quantgate_serve.channel import (
     Channel,
     ChannelClosedError,
     Ended,
-    Growth,
     Loaded,
+    Logprob,
     Message,
     Refused,
     Start,
@@ -103,8 +103,8 @@ class EngineHost:
         self._engine = engine
         self._channel = channel
         self._requests: dict[int, Request] = {}
-        # How many output tokens and log-probabilities of a streaming request the front has.
-        self._told: dict[int, tuple[int, int]] = {}
+        # How many output tokens of a streaming request the front has.
+        self._told: dict[int, int] = {}
         self._refused: list[Request] = []
         self._next_metrics_s = 0.0
         self._is_stopping = False
@@ -164,30 +164,33 @@ class EngineHost:
             self._next_metrics_s = now + METRICS_INTERVAL_S
         elif not (step.started or step.grown or ended):
             return None
-        report = StepReport(
-            [request.id for request in step.started],
-            [self._growth(request) for request in step.grown],
-            [
+        report = StepReport([request.id for request in step.started], [], [], {}, [], metrics)
+        for request in step.grown:
+            tokens, logprobs = self._news(request)
+            report.ids += [request.id] * len(tokens)
+            report.tokens += tokens
+            if logprobs:
+                report.logprobs[request.id] = logprobs
+        for request in ended:
+            report.ended.append(
                 Ended(
-                    self._growth(request),
+                    request.id,
+                    *self._news(request),
                     plain_logprobs(request.prompt_logprobs),
                     progress(request),
                 )
-                for request in ended
-            ],
-            metrics,
-        )
-        for request in ended:
+            )
             del self._requests[request.id]
             self._told.pop(request.id, None)
         return report
 
-    def _growth(self, request: Request) -> Growth:
-        num_tokens, num_logprobs = self._told.get(request.id, (0, 0))
-        tokens = request.token_ids[request.num_prompt + num_tokens :]
-        logprobs = plain_logprobs(request.logprobs[num_logprobs:])
-        self._told[request.id] = (num_tokens + len(tokens), num_logprobs + len(logprobs))
-        return request.id, tokens, logprobs
+    def _news(self, request: Request) -> tuple[list[int], list[Logprob]]:
+        """The output tokens that the front has not been told, with their log-probabilities."""
+        told = self._told.get(request.id, 0)
+        tokens = request.token_ids[request.num_prompt + told :]
+        self._told[request.id] = told + len(tokens)
+        # One for each output token, or none at all.
+        return tokens, plain_logprobs(request.logprobs[told:])
 
 
 def _die_with(parent: int) -> None:

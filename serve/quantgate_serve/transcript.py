@@ -3,13 +3,14 @@
 Stop strings are found here, where there is text. What the engine produced after one is cut.
 """
 
-from quantgate_serve.channel import Ended, Growth, set_progress, token_logprobs
+from collections.abc import Sequence
+
+from quantgate_serve.channel import Ended, Logprob, set_progress, token_logprobs
 from quantgate_serve.request import Delta, FinishReason, Request
 
 
-def grow(request: Request, growth: Growth) -> bool:
+def grow(request: Request, tokens: Sequence[int], logprobs: Sequence[Logprob]) -> bool:
     """Add tokens and text; True if a stop string ended it, which cuts what came after."""
-    _, tokens, logprobs = growth
     entries = token_logprobs(logprobs)
     if request.text is None:
         request.token_ids += tokens
@@ -30,7 +31,7 @@ def end(request: Request, ended: Ended) -> None:
     """Take over the engine's account of the end, unless a stop string came before it."""
     request.prompt_logprobs += token_logprobs(ended.prompt_logprobs)
     set_progress(request, ended.progress)
-    if grow(request, ended.growth):
+    if grow(request, ended.tokens, ended.logprobs):
         request.finish_reason = FinishReason.STOP
         request.ended_by_eos = False
 

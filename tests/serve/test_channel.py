@@ -41,7 +41,7 @@ def some_messages() -> list[Message]:
     return [
         Submit([asked(request)]),
         Abort([request.id], FinishReason.STOP),
-        StepReport([1], [(1, [9], [(9, -0.5, ((9, -0.5),), ())])], [], None),
+        StepReport([1], [1], [9], {1: [(9, -0.5, ((9, -0.5),), ())]}, [], None),
     ]
 
 
@@ -93,7 +93,7 @@ def test_a_front_that_reads_nothing_holds_nobody_up_and_loses_nothing() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         channel = Channel(theirs)
-        report = StepReport([], [(1, list(range(300, 500)), [])], [], None)
+        report = StepReport([], [1] * 200, list(range(300, 500)), {}, [], None)
         for _ in range(3000):  # far beyond what a socket buffers
             channel.send(report)
         frames, found = Frames(), []

@@ -183,6 +183,34 @@ def test_an_abort_ends_at_once_and_frees_the_engine(
     asyncio.run(work())
 
 
+def test_an_aborted_request_is_in_no_step_that_begins_after_the_abort_arrived(
+    llama_folder: Path, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[list[list[int]]] = []
+    run = Runner.run
+
+    def record(self: Runner, plan: Sequence[Chunk]) -> list[ChunkResult]:
+        steps.append([chunk.request.prompt_ids for chunk in plan])
+        return run(self, plan)
+
+    monkeypatch.setattr(Runner, "run", record)
+
+    async def work() -> None:
+        async with running(llama_folder) as (engine, _):
+            other = make_request([4, 4], max_tokens=200)
+            leaving = make_request([3, 3], max_tokens=200)
+            engine.submit([leaving, other])
+            await until(lambda: any([3, 3] in step and [4, 4] in step for step in steps))
+            engine.abort([leaving])
+            # The step under way, and one that began before the message came through the socket.
+            allowed = len(steps) + 2
+            await until(lambda: other.is_finished)
+            assert len(steps) > allowed
+            assert all([3, 3] not in step for step in steps[allowed:])
+
+    asyncio.run(work())
+
+
 def test_a_dead_engine_answers_everyone_and_is_started_again(
     llama_folder: Path, make_request: MakeRequest
 ) -> None:
