@@ -45,6 +45,7 @@ class CudaRunner(Runner):
     ) -> None:
         """`num_splits` gives the decode's splits for a batch and its longest sequence."""
         super().__init__(loaded, kv)
+        self._model = loaded.model
         self._metrics = metrics
         self._decode = decode
         self._num_splits = num_splits
