@@ -98,7 +98,7 @@ def mini_project(tmp_path_factory: pytest.TempPathFactory) -> MiniProject:
     project.policy.write_text(POLICY, encoding="utf-8")
     # A copy, so that training a new demo model meanwhile changes nothing here.
     shutil.copytree(demo_folder(), project.root / "order-desk")
-    for name, num_items in (("order-total", 6), ("order-route", 12), ("order-prose", 24)):
+    for name, num_items in (("order-total", 6), ("order-route", 12), ("order-prose", 40)):
         write_mini_set(
             name,
             project.root / "golden_sets",
