@@ -101,7 +101,10 @@ def test_zero_points_are_those_of_a_symmetric_autogptq_file(
         gptq._store_the_rest_in_bf16(tmp_path, bits)
 
 
-def test_a_build_is_an_autogptq_checkpoint(tmp_path: Path, save_llama: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(("scheme", "bits"), [("int4-gptq", 4), ("int8-gptq", 8)])
+def test_a_build_is_an_autogptq_checkpoint(
+    tmp_path: Path, save_llama: Callable[..., Path], scheme: str, bits: int
+) -> None:
     pytest.importorskip("gptqmodel", reason="the gptq extra is not installed", exc_type=ImportError)
     folder = save_llama(tmp_path / "source", hidden_size=128, intermediate_size=128)
     source = open_source(str(folder))
@@ -110,8 +113,8 @@ def test_a_build_is_an_autogptq_checkpoint(tmp_path: Path, save_llama: Callable[
     text.write_text("".join(line % n for n in range(16)), encoding="utf-8")
     variant = build_variant(
         source,
-        name="int4-gptq",
-        scheme="int4-gptq",
+        name=scheme,
+        scheme=scheme,
         options={"group_size": 128},
         device="cpu",
         calibration=load_calibration(text, source, max_documents=16, max_tokens=64),
@@ -122,18 +125,19 @@ def test_a_build_is_an_autogptq_checkpoint(tmp_path: Path, save_llama: Callable[
         with safe_open(path, framework="pt") as shard:
             stored |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
     layer = "model.layers.0.self_attn.q_proj"
-    # Eight nibbles to an int32; one group of 128 inputs.
-    assert stored[f"{layer}.qweight"].shape == (128 // 8, 128)
-    assert stored[f"{layer}.qzeros"].shape == (1, 128 // 8)
+    # Eight nibbles or four bytes to an int32; one group of 128 inputs.
+    assert stored[f"{layer}.qweight"].shape == (128 * bits // 32, 128)
+    assert stored[f"{layer}.qzeros"].shape == (1, 128 * bits // 32)
     assert stored[f"{layer}.scales"].shape == (1, 128)
     assert stored[f"{layer}.g_idx"].tolist() == [0] * 128
     zeros = [tensor for name, tensor in stored.items() if name.endswith(".qzeros")]
     assert len(zeros) == 7
-    assert all((tensor == 0x77777777).all() for tensor in zeros)
+    middle = {4: 0x77777777, 8: 0x7F7F7F7F}[bits]
+    assert all((tensor == middle).all() for tensor in zeros)
     config = read_json(variant.folder / "config.json")["quantization_config"]
     assert config["quant_method"] == "gptq"
     assert (config.get("checkpoint_format") or config["format"]) == "gptq"
-    assert (config["bits"], config["sym"], config["desc_act"]) == (4, True, False)
+    assert (config["bits"], config["sym"], config["desc_act"]) == (bits, True, False)
     assert variant.manifest.notes["num_quantized_modules"] == 7
     assert variant.manifest.calibration is not None
     assert str(tmp_path) not in (variant.folder / "config.json").read_text(encoding="utf-8")
