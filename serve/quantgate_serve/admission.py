@@ -16,9 +16,9 @@ from quantgate_serve.waiting import AGED_PART
 
 # What of the queue is kept for a class while it does not use it. The rest is for whoever comes.
 KEPT = {Priority.INTERACTIVE: 1 / 4, Priority.NORMAL: 1 / 8, Priority.BULK: 1 / 8}
-# How much of the time to its deadline a request may be expected to wait; the rest is for computing
-# it. Without such a reserve an overloaded queue settles where each request waits just as long as it
-# may, and everyone's time runs out while running.
+# How much of the time to its deadline a request may be expected to wait, at most: never so much
+# that computing it would take the rest. Without such a reserve an overloaded queue settles where
+# each request waits just as long as it may, and everyone's time runs out while running.
 WAIT_PART = 0.5
 _MAX_RETRY_S = 600
 
@@ -75,6 +75,8 @@ class Admission:
         # How fast a queue is worked off (see ServiceRate); None while nobody knows. Known to the
         # front only: the engine counts again what that let in, and must not think otherwise.
         self.tokens_per_s: float | None = None
+        # How long one request takes by itself, per token; None while nobody knows.
+        self.s_per_token: float | None = None
         self._clock = clock
         self._loads = {priority: _Load() for priority in Priority}
         self._lock = threading.Lock()
@@ -194,12 +196,15 @@ class Admission:
         if first.deadline_ns is None or wait_s is None:
             return
         left_s = max(0.0, (first.deadline_ns - self._clock()) / 1e9)
-        if wait_s > left_s * WAIT_PART:
+        longest = max(request.cost for request in requests)
+        service_s = longest * (self.s_per_token or 0.0)
+        bound_s = max(0.0, min(left_s * WAIT_PART, left_s - service_s))
+        if wait_s > bound_s:
             raise QueueFullError(
                 f"the queue takes about {wait_s:.1f} s, too long for a deadline in {left_s:.1f} s. "
                 "Try again later.",
                 reason="deadline",
-                retry_after_s=_whole_seconds(wait_s - left_s * WAIT_PART),
+                retry_after_s=_whole_seconds(wait_s - bound_s),
             )
 
     def _full(self, reason: str, message: str, priority: Priority, tokens: float) -> QueueFullError:

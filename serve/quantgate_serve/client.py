@@ -261,6 +261,7 @@ class EngineClient:
             child.metrics = report.metrics
             if self._admission is not None and child is self._serving:
                 self._admission.tokens_per_s = report.metrics.now.service_tokens_per_s
+                self._admission.s_per_token = report.metrics.now.service_s_per_token
         for id in report.started:
             if id in child.in_flight:
                 self._leave_queue(child.in_flight[id])

@@ -172,6 +172,9 @@ class Scheduler:
             if reason is FinishReason.STOP:
                 # It asked for more than it needed, as others like it will.
                 self._served_tokens += left
+            if request.scheduled_ns and reason in (FinishReason.STOP, FinishReason.LENGTH):
+                seconds = (self._clock() - request.scheduled_ns) / 1e9
+                self.rate.observe_end(request.cost, seconds)
         request.state = RequestState.FINISHED
         request.finish_reason = reason
 
@@ -225,28 +228,25 @@ class Scheduler:
         """Chunks of the running requests, and what they leave of the token budget."""
         budget = self.limits.max_batched_tokens
         page_size = self.pool.page_size
+        running = RequestState.RUNNING
         plan: list[Chunk] = []
-        decoding: list[Request] = []
         prefilling: list[Request] = []
-        for level in self._running.values():
-            for request in level.values():
-                is_decoding = len(request.token_ids) - request.num_computed == 1
-                (decoding if is_decoding else prefilling).append(request)
-        for request in decoding:
-            if budget <= 0:
-                break
+        for request in self.running:
             start = request.num_computed
-            # A victim is never planned already: it is the last in the order of this loop.
-            if request.state is not RequestState.RUNNING or (
-                start >= len(request.pages) * page_size and not self._take_page(request)
-            ):
+            # A victim comes last in this order, so it is never planned already.
+            if request.state is not running:
                 continue
-            plan.append(Chunk(request, start, 1))
-            budget -= 1
+            if len(request.token_ids) - start != 1:
+                prefilling.append(request)
+            elif budget > 0 and (
+                start < len(request.pages) * page_size or self._take_page(request)
+            ):
+                plan.append(Chunk(request, start, 1))
+                budget -= 1
         for request in prefilling:
             if budget <= 0:
                 break
-            if request.state is RequestState.RUNNING:
+            if request.state is running:
                 length = min(request.num_uncomputed, budget)
                 plan.append(Chunk(request, request.num_computed, length))
                 budget -= length

@@ -1,4 +1,4 @@
-"""How fast the engine works off requests while requests wait, in tokens of cost per second."""
+"""How fast the engine works off requests, and how long it takes for one, in tokens of cost."""
 
 import math
 
@@ -6,6 +6,8 @@ import math
 _MEMORY_S = 10.0
 # Less observed time than this is a burst that has just begun.
 _MIN_SECONDS = 0.25
+# How much of the latest request's pace enters the mean.
+_PACE_WEIGHT = 1 / 32
 
 
 class ServiceRate:
@@ -18,6 +20,8 @@ class ServiceRate:
     def __init__(self) -> None:
         self._tokens = 0.0
         self._seconds = 0.0
+        # From the first step to the end, over the cost that was asked for; None before any ended.
+        self.s_per_token: float | None = None
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -25,6 +29,14 @@ class ServiceRate:
         if self._seconds < _MIN_SECONDS or self._tokens <= 0:
             return None
         return self._tokens / self._seconds
+
+    def observe_end(self, cost: int, seconds: float) -> None:
+        """A request of `cost` ended well, `seconds` after its first step."""
+        pace = seconds / cost
+        if self.s_per_token is None:
+            self.s_per_token = pace
+        else:
+            self.s_per_token += (pace - self.s_per_token) * _PACE_WEIGHT
 
     def observe(self, tokens: int, seconds: float) -> None:
         """`tokens` were served in `seconds`, with requests waiting all the time."""

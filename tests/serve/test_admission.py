@@ -162,6 +162,25 @@ def test_a_wait_beyond_half_the_time_to_the_deadline_is_refused(
     assert (refused.value.reason, refused.value.retry_after_s) == ("deadline", 1)
 
 
+@pytest.mark.parametrize(("left_s", "is_refused"), [(12.9, True), (13.1, False)])
+def test_a_wait_that_leaves_no_time_to_compute_is_refused(left_s: float, is_refused: bool) -> None:
+    admission = make_admission()
+    admission.enter([request_of(cost=500)])
+    admission.tokens_per_s, admission.s_per_token = 100.0, 0.01
+    request = request_of(cost=800, deadline_ns=int(left_s * SECOND))
+    if is_refused:
+        with pytest.raises(QueueFullError, match=r"the queue takes about 5\.0 s"):
+            admission.enter([request])
+    else:
+        admission.enter([request])
+
+
+def test_an_empty_queue_refuses_nobody_for_its_deadline() -> None:
+    admission = make_admission()
+    admission.tokens_per_s, admission.s_per_token = 100.0, 1.0
+    admission.enter([request_of(cost=900, deadline_ns=1)])
+
+
 def test_an_unknown_rate_refuses_nobody_for_its_deadline() -> None:
     admission = make_admission()
     admission.enter([request_of(cost=900)])

@@ -122,6 +122,7 @@ class Simulation:
                 if request.num_output == request.params.max_tokens:
                     self._end(request, "served", FinishReason.LENGTH)
         self.admission.tokens_per_s = self.scheduler.rate.tokens_per_s
+        self.admission.s_per_token = self.scheduler.rate.s_per_token
 
     def _end(self, request: Request, outcome: str, reason: FinishReason) -> None:
         assert request.id not in self.outcomes, "answered twice"
