@@ -45,6 +45,7 @@ class CudaRunner(Runner):
     ) -> None:
         """`num_splits` gives the decode's splits for a batch and its longest sequence."""
         super().__init__(loaded, kv)
+        self._model = loaded.model
         self._metrics = metrics
         self._decode = decode
         self._num_splits = num_splits
@@ -52,6 +53,7 @@ class CudaRunner(Runner):
         self._max_pages = -(-loaded.context_length // kv.page_size)
         self._head_rows = torch.arange(kv.shape.num_kv_heads, device=loaded.device)
         self._graphs: DecodeGraphs | None = None
+        self._graph_logits: Tensor | None = None
 
     def record_graphs(
         self, kernels: Iterable[Kernel], *, max_batch_size: int, capture: Capture
@@ -77,6 +79,28 @@ class CudaRunner(Runner):
             for tensor in (*self._kv.keys, *self._kv.values):
                 tensor[self._kv.null_page].zero_()
         self._metrics.now.graph_bytes = max(0, _reserved_bytes(self._device) - before)
+
+    @torch.inference_mode()
+    def compile_decodes(self, split_counts: Iterable[int]) -> None:
+        """Run the decode once for each number of splits, so that no request waits for a compiler.
+
+        The table is two pages wide: with one, a compiler may take its stride for a constant.
+        """
+        shape = self._kv.shape
+        heads = int(self._model.config.get_text_config().num_attention_heads)
+        query = torch.zeros(1, heads, shape.head_dim, dtype=shape.dtype, device=self._device)
+        table = torch.full((1, 2), self._kv.null_page, dtype=torch.int32, device=self._device)
+        length = torch.ones(1, dtype=torch.int32, device=self._device)
+        for count in split_counts:
+            self._decode(
+                query,
+                self._kv.keys[0],
+                self._kv.values[0],
+                table,
+                length,
+                scale=1.0,
+                num_splits=count,
+            )
 
     def _forward(
         self,
@@ -123,8 +147,11 @@ class CudaRunner(Runner):
         longest = inputs.table_BP.shape[1] * self._kv.page_size
         decodes = DecodeBatch(inputs.table_BP, inputs.length_B, self._num_splits(batch, longest))
         step = CudaStep(self._kv, inputs.slot_rows, self._decode, decodes, None)
-        # 0 keeps every row.
-        return self._logits(inputs.ids_B, inputs.position_B, step, 0)
+        # 0 keeps every row. One buffer for all recorded sizes: each would keep its own otherwise.
+        logits = self._logits(inputs.ids_B, inputs.position_B, step, 0)
+        if self._graph_logits is None or len(self._graph_logits) < batch:
+            self._graph_logits = torch.empty_like(logits)
+        return self._graph_logits[:batch].copy_(logits)
 
     def _upload(
         self, ordered: list[Chunk], decodes: list[Chunk], prefills: list[Chunk], rows: list[int]

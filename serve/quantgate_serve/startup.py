@@ -10,7 +10,11 @@ from transformers import AttentionInterface
 
 from quantgate_serve.admission import AdmissionLimits
 from quantgate_serve.attention import cuda_paged
-from quantgate_serve.attention.decode_torch import choose_splits, paged_decode_torch
+from quantgate_serve.attention.decode_torch import (
+    SPLIT_COUNTS,
+    choose_splits,
+    paged_decode_torch,
+)
 from quantgate_serve.attention.interface import ATTENTION_NAME, register
 from quantgate_serve.attention.torch_paged import paged_attention
 from quantgate_serve.config import ServerSettings
@@ -122,6 +126,7 @@ def build_cuda_runner(
             batch, loaded.kv_shape.num_kv_heads, longest, multiprocessors
         ),
     )
+    runner.compile_decodes(SPLIT_COUNTS)
     runner.record_graphs(kernels, max_batch_size=max_batch_size, capture=capture_on_cuda)
     return runner
 

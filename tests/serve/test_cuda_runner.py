@@ -158,6 +158,7 @@ def test_with_the_triton_kernel_the_tokens_are_those_of_generate(
     engine, runner = make_cuda(llama_folder)
     runner._decode = paged_decode
     runner._num_splits = lambda *_: 2
+    runner.compile_decodes((1, 2))
     requests = [make_request(prompt, max_tokens=4) for prompt in prompts(4)]
     run_all(engine, requests)
     for request in requests:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 # A split below this many tokens costs more in combining than it gains in parallelism [untested].
 _MIN_SPLIT_TOKENS = 256
-_MAX_SPLITS = 32
+SPLIT_COUNTS = (1, 2, 4, 8, 16, 32)
 # Programs that keep every multiprocessor busy, in multiples of their number.
 _WAVES = 2
 
@@ -21,10 +21,7 @@ def choose_splits(batch: int, num_kv_heads: int, max_length: int, num_multiproce
     """Splits of the context, a power of two, so that all multiprocessors have work."""
     wanted = _WAVES * num_multiprocessors // max(1, batch * num_kv_heads)
     possible = max_length // _MIN_SPLIT_TOKENS
-    splits = 1
-    while splits * 2 <= min(wanted, possible, _MAX_SPLITS):
-        splits *= 2
-    return splits
+    return max(count for count in SPLIT_COUNTS if count == 1 or count <= min(wanted, possible))
 
 
 def paged_decode_torch(

@@ -15,9 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tokens of one tile: four pages. tl.dot wants at least 16 on each side.
-_TILE_TOKENS = 64
+# Tokens of one tile: four pages, fewer where its keys and values would take more bytes than these.
+# Compiled for sm_80 to sm_90 that is 21 to 50 KiB of shared memory; the smaller cards have 99.
+_MAX_TILE_TOKENS = 64
+_TILE_BYTES = 32 * 1024
+# tl.dot wants at least as many on each side.
 _MIN_DOT = 16
+
+
+def tile_tokens(block_d: int, itemsize: int) -> int:
+    """Tokens of one tile for heads of `block_d` numbers of `itemsize` bytes."""
+    tokens = _MAX_TILE_TOKENS
+    while tokens > _MIN_DOT and 2 * tokens * block_d * itemsize > _TILE_BYTES:
+        tokens //= 2
+    return tokens
 
 
 def paged_decode(
@@ -70,7 +81,7 @@ def paged_decode(
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
         NUM_SPLITS=num_splits,
-        TILE=_TILE_TOKENS,
+        TILE=tile_tokens(block_d, keys.element_size()),
         BLOCK_G=max(_MIN_DOT, triton.next_power_of_2(group)),
         BLOCK_D=block_d,
         # FP32 inputs stay FP32: TF32 would round them to 11 bits.
@@ -91,7 +102,9 @@ def paged_decode(
     return output
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# The table is a view at any offset of a step's one upload, as wide as the step's longest sequence:
+# compiled for each alignment, the kernel would be compiled in the middle of serving.
+@triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["table", "length"])  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
     query,
     keys,

@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed: pip install -e .[triton]")
 
 from quantgate_serve.attention.decode_torch import paged_decode_torch
-from quantgate_serve.attention.triton_paged import paged_decode
+from quantgate_serve.attention.triton_paged import paged_decode, tile_tokens
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 16
@@ -105,3 +105,11 @@ def test_the_number_of_splits_does_not_matter(splits: int) -> None:
 )
 def test_low_precision_stays_within_its_rounding(dtype: torch.dtype) -> None:
     assert_close(*decode_both([100, 17], dtype=dtype, splits=2))
+
+
+@pytest.mark.parametrize(
+    ("dim", "itemsize", "expected"),
+    [(64, 2, 64), (128, 2, 64), (256, 2, 32), (128, 4, 32), (256, 4, 16)],
+)
+def test_tiles_shrink_where_heads_are_wide(dim: int, itemsize: int, expected: int) -> None:
+    assert tile_tokens(dim, itemsize) == expected
