@@ -122,7 +122,7 @@ async def _serve(
             engine, lambda: _settings(arguments), on_switch=switch, watched=arguments.config
         )
         app = build_app(service)
-        add_admin_routes(app, reload)
+        add_admin_routes(app, service, reload)
         config = uvicorn.Config(
             app,
             log_level="warning",

@@ -235,9 +235,7 @@ class EngineClient:
         self.settings = child.settings
         self._serving = child
         self.epoch += 1
-        self.limits = child.loaded.limits
-        if self._admission is not None:
-            self._admission.limits = self.limits
+        self._limit(child.loaded.limits)
         self._restarts.serve(monotonic())
         _log.info("serving %s (process %s)", child.settings.model, child.pid)
 
@@ -247,14 +245,20 @@ class EngineClient:
         match message:
             case StepReport():
                 self._take_report(child, message)
-            case Loaded() if self._admission is None:
-                self.limits = message.limits
-                self._admission = Admission(message.limits)
+            case Loaded() if child is self._serving:
+                self._limit(message.limits)
             case _ if child is self._serving and child.state is ChildState.SERVING:
                 self._restarts.serve(monotonic())
                 _log.info("the engine is warm (process %s)", child.pid)
             case _:
                 pass
+
+    def _limit(self, limits: AdmissionLimits) -> None:
+        """Admit by `limits` from now on: another engine may have found room for another cache."""
+        self.limits = limits
+        if self._admission is None:
+            self._admission = Admission(limits)
+        self._admission.limits = limits
 
     def _take_report(self, child: EngineChild, report: StepReport) -> None:
         if report.metrics is not None:

@@ -144,8 +144,12 @@ class EngineChild(asyncio.Protocol):
             OSError: it cannot be started.
         """
         ours, theirs = socket.socketpair()
-        with theirs:
-            self._host = self._launch(theirs)
+        try:
+            with theirs:
+                self._host = self._launch(theirs)
+        except OSError:
+            ours.close()
+            raise
         ours.setblocking(False)
         await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
         self.send(Start(self.settings))

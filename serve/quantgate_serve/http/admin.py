@@ -1,4 +1,4 @@
-"""What an operator may ask of the server, from the machine itself only."""
+"""What an operator may ask of the server: from the machine itself, and with an operator's key."""
 
 from ipaddress import ip_address
 
@@ -7,10 +7,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from quantgate_serve.http.errors import ApiError
+from quantgate_serve.http.service import Service
 from quantgate_serve.reload import Reload, ReloadRefusedError
 
 
-def add_admin_routes(app: FastAPI, reload: Reload) -> None:
+def add_admin_routes(app: FastAPI, service: Service, reload: Reload) -> None:
     """POST /admin/reload: 200 with what serves now, 409 with why the old weights go on serving."""
 
     @app.post("/admin/reload", include_in_schema=False)
@@ -19,6 +20,7 @@ def add_admin_routes(app: FastAPI, reload: Reload) -> None:
             raise ApiError(
                 403, "this is for operators on the machine itself.", code="operators_only"
             )
+        service.check_operator(http)  # a proxy on this machine makes everybody local
         try:
             reloaded = await reload.now()
         except ReloadRefusedError as error:
