@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Imported late, so that --help and a refused configuration wait for nothing.
     from quantgate_serve.client import EngineStoppedError, ModelRefusedError
+    from quantgate_serve.tracing import TracingUnavailableError
 
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # asyncio sets TCP_NODELAY only where the protocol is named. Without it every answer after a
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
             return _refuse(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}.")
         try:
             asyncio.run(_serve(settings, listener, arguments, keyring))
-        except ModelRefusedError as error:
+        except (ModelRefusedError, TracingUnavailableError) as error:
             return _refuse(error)
         except EngineStoppedError as error:
             logging.error("%s", error)
@@ -80,6 +81,7 @@ async def _serve(
     """Load, listen, warm up, serve, drain.
 
     Raises:
+        TracingUnavailableError: spans are asked for, and their packages are missing.
         ModelRefusedError: the engine cannot serve this model.
         EngineStoppedError: it died while loading, or too often.
     """
@@ -91,11 +93,17 @@ async def _serve(
     from quantgate_serve.http.connection import Connection
     from quantgate_serve.http.service import HttpLimits, Service
     from quantgate_serve.reload import Reload
+    from quantgate_serve.tracing import Spans, export_to
     from quantgate_serve.vocabulary import Vocabulary
 
     engine = EngineClient(
         settings, launch=launch_process if settings.engine_process else EngineThread
     )
+    spans = None
+    if settings.otlp_traces_endpoint is not None:
+        provider = export_to(settings.otlp_traces_endpoint)
+        spans = Spans(provider, model_name=settings.model_name)
+        engine.on_ended.append(spans.add)
     loading = asyncio.create_task(engine.start())
     # Beside the engine, which reads the weights meanwhile.
     vocabulary = asyncio.create_task(asyncio.to_thread(Vocabulary.load, settings.model))
@@ -117,6 +125,7 @@ async def _serve(
         def switch(vocabulary: Vocabulary, loaded: Loaded) -> None:
             service.vocabulary = vocabulary
             service.vocab_size, service.eos_ids = loaded.vocab_size, loaded.eos_ids
+            engine.front.slo_baselines = dict(engine.settings.slo)
 
         reload = Reload(
             engine, lambda: _settings(arguments), on_switch=switch, watched=arguments.config
@@ -166,6 +175,8 @@ async def _serve(
             watching.cancel()
     finally:
         await engine.stop()
+        if spans is not None:
+            await asyncio.to_thread(spans.close)
     if engine.failure is not None:
         raise engine.failure
 
@@ -239,6 +250,7 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="check the KV pages' books when idle",
     )
+    parser.add_argument("--otlp-traces-endpoint", help="send spans of requests to this URL")
     return parser
 
 
@@ -252,6 +264,7 @@ def _settings(arguments: argparse.Namespace) -> ServerSettings:
         if config.champion is not None:
             verify_files(config.champion, folder)
             values["artifact_sha256"] = config.champion.artifact_sha256
+            values["slo"] = config.champion.slo
         values["model"] = folder
         values.setdefault("served_model_name", config.model_name)
     return ServerSettings.model_validate(values)

@@ -22,30 +22,38 @@ _MAX_S = 0.15
 _MIN_RUNS = 3
 
 
-@functools.cache
 def measure_ceilings(device: torch.device, dtype: torch.dtype, num_threads: int) -> Ceilings:
     """The best of some runs on `device`. `num_threads` is those that torch uses on a CPU now."""
-    ceilings = Ceilings(
-        bytes_per_s=_copy_bytes_per_s(device), flops_per_s=_gemm_flops_per_s(device, dtype)
+    return Ceilings(
+        bytes_per_s=measure_copy(device, num_threads),
+        flops_per_s=_measure_gemm(device, dtype, num_threads),
     )
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    return ceilings
 
 
-def _copy_bytes_per_s(device: torch.device) -> float:
+@functools.cache
+def measure_copy(device: torch.device, num_threads: int) -> float:
+    """Bytes read and written per second. Called before a model is loaded, where memory counts."""
     size = _CUDA_COPY_BYTES if device.type == "cuda" else _CPU_COPY_BYTES
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * size / _best_s(lambda: target.copy_(source), device)
+    best_s = _best_s(lambda: target.copy_(source), device)
+    return 2 * size / best_s
 
 
-def _gemm_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
+@functools.cache
+def _measure_gemm(device: torch.device, dtype: torch.dtype, num_threads: int) -> float:
     width = _CUDA_GEMM if device.type == "cuda" else _CPU_GEMM
     left = torch.ones(width, width, dtype=dtype, device=device)
     product = torch.empty_like(left)
-    return 2 * width**3 / _best_s(lambda: torch.mm(left, left, out=product), device)
+    best_s = _best_s(lambda: torch.mm(left, left, out=product), device)
+    return 2 * width**3 / best_s
+
+
+def forget_buffers(device: torch.device) -> None:
+    """Give the buffers back, so that they count neither as free memory missing nor as a peak."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 @torch.inference_mode()

@@ -25,8 +25,8 @@ from quantgate_serve.request import FinishReason, Request, TokenLogprob
 _HEADER = struct.Struct("<I")
 _READ_BYTES = 1 << 18
 
-# The engine has no use for the first two, and token_ids is prompt_ids until there is output.
-_FRONT_ONLY = ("listener", "text")
+# The engine has no use for these, and token_ids is prompt_ids until there is output.
+_FRONT_ONLY = ("listener", "text", "tokenized_ns", "queued_ns", "operation", "traceparent")
 _ENGINE_ONLY = ("token_ids", "pages", "num_computed", "logprobs", "prompt_logprobs")
 ASKED = tuple(f.name for f in fields(Request) if f.init and f.name not in _FRONT_ONLY)
 PROGRESS = tuple(f.name for f in fields(Request) if not f.init and f.name not in _ENGINE_ONLY)

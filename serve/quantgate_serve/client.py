@@ -7,7 +7,8 @@ everyone when an engine dies, starts the next one, and changes engines without l
 import asyncio
 import copy
 import logging
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from time import monotonic, perf_counter_ns
 from typing import Any
 
@@ -43,7 +44,9 @@ class EngineClient:
 
     def __init__(self, settings: ServerSettings, *, launch: Launch = launch_process) -> None:
         # What is counted here, outside the engine.
-        self.front = FrontMetrics()
+        self.front = FrontMetrics(slo_baselines=dict(settings.slo))
+        # Called with each request that was queued, once, when it has ended.
+        self.on_ended: list[Callable[[Request], None]] = []
         # Why the server must end, once restarting is no use.
         self.failure: Exception | None = None
         # Grows with each change of weights: what was computed with others is void.
@@ -125,6 +128,12 @@ class EngineClient:
         total.now.peak_memory_bytes = max(peak, self._metrics_before.now.peak_memory_bytes)
         return total
 
+    @property
+    def in_flight(self) -> list[Request]:
+        """Requests that have not ended, in the order in which they came."""
+        held = [] if self._held is None else list(self._held.values())
+        return [*(r for child in self._children() for r in child.in_flight.values()), *held]
+
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue `requests`, all or none.
 
@@ -142,7 +151,9 @@ class EngineClient:
         except QueueFullError as error:
             self.front.rejections[error.reason] += 1
             raise
+        now = perf_counter_ns()
         for request in requests:
+            request.queued_ns = now
             # Its text is made here, and a stop string in it ends it early.
             request.is_streaming = request.is_streaming or request.text is not None
             self._queued.add(request.id)
@@ -266,16 +277,24 @@ class EngineClient:
             if self._admission is not None and child is self._serving:
                 self._admission.tokens_per_s = report.metrics.now.service_tokens_per_s
                 self._admission.s_per_token = report.metrics.now.service_s_per_token
+        now = perf_counter_ns()
         for id in report.started:
-            if id in child.in_flight:
-                self._leave_queue(child.in_flight[id])
+            request = child.in_flight.get(id)
+            if request is not None:
+                # Known better at its end, but the front may end it first.
+                request.scheduled_ns = now
+                self._leave_queue(request)
         stopped: list[Request] = []
         for id, token in zip(report.ids, report.tokens, strict=True):
             request = child.in_flight.get(id)
             if request is None or request.is_finished:
                 continue
             logprobs = report.logprobs.get(id, [])
-            if transcript.grow(request, [token], logprobs[:1]):
+            request.first_token_ns = request.first_token_ns or now
+            request.last_token_ns = now
+            with self._detokenizing(request):
+                is_stopped = transcript.grow(request, [token], logprobs[:1])
+            if is_stopped:
                 self._end(request, FinishReason.STOP)
                 stopped.append(request)
             del logprobs[:1]
@@ -284,8 +303,10 @@ class EngineClient:
         for ended in report.ended:
             request = child.settle(ended.id)
             if request is not None:
-                transcript.end(request, ended)
+                with self._detokenizing(request):
+                    transcript.end(request, ended)
                 self._leave_queue(request)
+                self._note_end(request)
                 transcript.tell(request)
 
     def _end(self, request: Request, reason: FinishReason) -> None:
@@ -294,6 +315,18 @@ class EngineClient:
         request.finish_reason = reason
         request.finished_ns = perf_counter_ns()
         self._leave_queue(request)
+        self._note_end(request)
+
+    @contextmanager
+    def _detokenizing(self, request: Request) -> Iterator[None]:
+        started_ns = perf_counter_ns()
+        yield
+        if request.text is not None:
+            self.front.detokenize_s.observe((perf_counter_ns() - started_ns) / 1e9)
+
+    def _note_end(self, request: Request) -> None:
+        for note in self.on_ended:
+            note(request)
 
     def _fail(self, requests: Sequence[Request], reason: str) -> None:
         for request in requests:

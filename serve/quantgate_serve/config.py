@@ -68,6 +68,10 @@ class ServerSettings(BaseModel):
     check_integrity: bool = False
     # Also export the metrics that vLLM has under vLLM's own names.
     metrics_compat: Literal["vllm"] | None = None
+    # Where spans go (OTLP over HTTP); None makes none.
+    otlp_traces_endpoint: str | None = None
+    # What the variant measured when it was promoted, from serving.yaml: alerts compare with it.
+    slo: dict[str, float] = {}
 
     @property
     def model_name(self) -> str:

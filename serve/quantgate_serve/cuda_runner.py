@@ -118,7 +118,8 @@ class CudaRunner(Runner):
             elif rows != list(range(len(decodes))):
                 self._graphs.count_miss("not every row is read")
             else:
-                logits = self._graphs.run(inputs)
+                with self.clock:
+                    logits = self._graphs.run(inputs)
                 if logits is not None:
                     return logits.float()
         batch = None
@@ -128,7 +129,8 @@ class CudaRunner(Runner):
                 inputs.table_BP, inputs.length_B, self._num_splits(len(decodes), longest)
             )
         step = CudaStep(self._kv, inputs.slot_rows, self._decode, batch, prompts)
-        return self._logits(inputs.ids_B, inputs.position_B, step, extra)
+        with self.clock:
+            return self._logits(inputs.ids_B, inputs.position_B, step, extra)
 
     def _logits(self, ids: Tensor, positions: Tensor, step: CudaStep, rows: Tensor | int) -> Tensor:
         output = self._model(

@@ -23,6 +23,7 @@ from quantgate_serve.request import (
 )
 from quantgate_serve.runner import ChunkResult, Runner
 from quantgate_serve.scheduler import Chunk, Scheduler
+from quantgate_serve.step_meter import StepMeter
 
 _log = logging.getLogger(__name__)
 
@@ -51,12 +52,14 @@ class Engine:
         limits: AdmissionLimits,
         device: torch.device,
         check_integrity: bool = False,
+        meter: StepMeter,
     ) -> None:
         self.limits = limits
         self.metrics = metrics
         self.is_warm = False
         self._runner = runner
         self._device = device
+        self._meter = meter
         self._scheduler = scheduler
         self._checks_integrity = check_integrity
         self._admission = Admission(limits)
@@ -103,7 +106,10 @@ class Engine:
 
     def step(self) -> Step:
         """Choose a batch, compute it, move the requests on."""
-        self._advance(self._compute(self._schedule()))
+        started_ns = perf_counter_ns()
+        plan = self._schedule()
+        self._advance(self._compute(plan))
+        self._meter.end(started_ns=started_ns, had_work=bool(plan), has_work=self.has_work)
         step, self._step = self._step, Step()
         now = perf_counter_ns()
         if now - self._gauged_ns >= _GAUGES_EVERY_NS or not self.has_work:
@@ -132,6 +138,7 @@ class Engine:
         if self._scheduler.prefix_cache is not None:
             self._scheduler.prefix_cache.clear()
         self._scheduler.window_waits.clear()
+        self._meter.forget()
         self.update_gauges()
         self.is_warm = True
 
@@ -171,10 +178,7 @@ class Engine:
         # The one boundary: whatever a step raises belongs to one request, and the loop goes on.
         except Exception as error:
             return self._isolate(plan, error)
-        self.metrics.step_s.observe((perf_counter_ns() - started) / 1e9)
-        self.metrics.step_tokens.observe(sum(chunk.length for chunk in plan))
-        self.metrics.batch_size.observe(len(plan))
-        self.metrics.batch_fill.observe(len(plan) / self._scheduler.limits.max_batch_size)
+        self._meter.observe(plan, results, started_ns=started)
         return results
 
     def _isolate(self, plan: list[Chunk], error: Exception) -> list[ChunkResult]:

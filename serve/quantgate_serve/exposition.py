@@ -1,11 +1,13 @@
 """Answers a scrape: the table of families, read from the counts, in Prometheus' text format.
 
-Reads plain numbers that others update, takes no lock, and so never holds up a step. A number may
-be one observation older than its neighbour.
+Reads plain numbers that others update, takes none of their locks, and so never holds up a step.
+A number may be one observation older than its neighbour.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
+from threading import Lock
 from time import perf_counter_ns
 from typing import Any
 
@@ -17,11 +19,14 @@ from prometheus_client.core import (
     Metric,
 )
 
-from quantgate_serve.families import FAMILIES, PREFIX, Family, Sample, Scene, Value
+from quantgate_serve.families import FAMILIES, PREFIX, Family, RecentWork, Sample, Scene, Value
 from quantgate_serve.metrics import WAIT_S, EngineMetrics, FrontMetrics, Histogram
+from quantgate_serve.nvml import Gpu, GpuReading, open_gpu
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 VLLM_PREFIX = "vllm:"
+# Ratios that cannot be averaged later (host gap, MBU, MFU) look back this far.
+_RECENT_NS = 60_000_000_000
 _KINDS: dict[str, Any] = {
     "gauge": GaugeMetricFamily,
     "counter": CounterMetricFamily,
@@ -44,16 +49,30 @@ class Exposition:
         self._engine = engine
         self._front = front
         self._also_vllm = also_vllm
+        self._gpu: Gpu | None = None
+        self._gpu_uuid: str | None = None
+        # What earlier scrapes saw, the oldest first; a server starts with nothing done.
+        self._seen = deque([(perf_counter_ns(), RecentWork(0.0, 0.0, None, None))])
+        # Two scrapes at once would share the device's samples.
+        self._lock = Lock()
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
-        return generate_latest(self._registry)
+        with self._lock:
+            return generate_latest(self._registry)
+
+    def describe(self) -> list[Metric]:
+        """Nothing, so that registering does not count as a scrape."""
+        return []
 
     def collect(self) -> Iterator[Metric]:
         """Called by the registry for each scrape."""
-        scene = Scene(self._engine(), self._front, perf_counter_ns())
+        engine, now_ns = self._engine(), perf_counter_ns()
+        scene = Scene(
+            engine, self._front, now_ns, self._recent_work(engine, now_ns), self._read_gpu(engine)
+        )
         for family in FAMILIES:
             series = _series(family.read(scene))
             if series is None:
@@ -62,6 +81,27 @@ class Exposition:
             yield _metric(PREFIX, family, series, labels, label=family.label)
             if self._also_vllm and family.in_vllm:
                 yield self._as_vllm(family, series)
+
+    def _recent_work(self, engine: EngineMetrics, now_ns: int) -> RecentWork:
+        """What was done since the oldest scrape of the last minute, or else since the last one."""
+        seen = self._seen
+        while len(seen) > 1 and now_ns - seen[0][0] > _RECENT_NS:
+            seen.popleft()
+        done = RecentWork(engine.busy_s, engine.model_s, engine.work_bytes, engine.work_flops)
+        before = seen[0][1]
+        seen.append((now_ns, done))
+        return RecentWork(
+            done.busy_s - before.busy_s,
+            done.model_s - before.model_s,
+            None if done.num_bytes is None else done.num_bytes - (before.num_bytes or 0),
+            None if done.num_flops is None else done.num_flops - (before.num_flops or 0),
+        )
+
+    def _read_gpu(self, engine: EngineMetrics) -> GpuReading:
+        if engine.now.device_uuid != self._gpu_uuid:
+            self._gpu_uuid = engine.now.device_uuid
+            self._gpu = open_gpu(self._gpu_uuid)
+        return GpuReading() if self._gpu is None else self._gpu.read()
 
     def _as_vllm(self, family: Family, series: Mapping[str, Sample]) -> Metric:
         labels = {"model_name": self._model_name, "engine": "0"}

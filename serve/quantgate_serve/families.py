@@ -6,9 +6,10 @@ and types are vLLM's where vLLM has the metric.
 
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from quantgate_serve.metrics import EngineGauges, EngineMetrics, FrontMetrics, Histogram
+from quantgate_serve.nvml import GpuReading
 
 PREFIX = "quantgate_"
 
@@ -25,10 +26,21 @@ class Scene:
     engine: EngineMetrics
     front: FrontMetrics
     now_ns: int
+    recent: "RecentWork"
+    gpu: GpuReading
 
     @property
     def now(self) -> EngineGauges:
         return self.engine.now
+
+
+class RecentWork(NamedTuple):
+    """What the engine's steps took and did lately."""
+
+    busy_s: float
+    model_s: float
+    num_bytes: float | None
+    num_flops: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +59,23 @@ class Family:
     in_vllm: bool = False
 
 
-def _share(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
+def _share(part: float | None, whole: float | None) -> float | None:
+    return None if part is None or not whole else part / whole
+
+
+def _host_gap(scene: Scene) -> float | None:
+    share = _share(scene.recent.model_s, scene.recent.busy_s)
+    return None if share is None else max(0.0, 1.0 - share)
+
+
+def _bandwidth_used(scene: Scene) -> float | None:
+    rate = _share(scene.recent.num_bytes, scene.recent.busy_s)
+    return _share(rate, scene.now.device_bytes_per_s)
+
+
+def _arithmetic_used(scene: Scene) -> float | None:
+    rate = _share(scene.recent.num_flops, scene.recent.busy_s)
+    return _share(rate, scene.now.device_flops_per_s)
 
 
 def _kv_usage(scene: Scene) -> float | None:
@@ -126,6 +153,9 @@ SERVING = (
            text="Time between two tokens of a request.", in_vllm=True),
     Family("histogram", "e2e_request_latency_seconds", lambda s: s.engine.e2e_s,
            text="Arrival to end.", in_vllm=True),
+    Family("gauge", "slo_baseline", lambda s: s.front.slo_baselines or None,
+           text="What the variant measured when it was promoted, in its metric's unit.",
+           label="metric"),
     Family("histogram", "request_prefill_time_seconds", lambda s: s.engine.prefill_s,
            text="First scheduling to first token.", in_vllm=True),
     Family("histogram", "request_decode_time_seconds", lambda s: s.engine.decode_s,
@@ -134,11 +164,31 @@ SERVING = (
            text="First scheduling to end.", in_vllm=True),
     Family("histogram", "tokenize_seconds", lambda s: s.front.tokenize_s,
            text="Text to tokens, with the wait for the tokeniser."),
+    Family("histogram", "detokenize_seconds", lambda s: s.front.detokenize_s,
+           text="Tokens to text, for one request that gets some in a step."),
 )
 
 DEVICE = (
     Family("histogram", "step_time_seconds", lambda s: s.engine.step_s,
-           text="Duration of a step."),
+           text="Duration of a step's computation."),
+    Family("counter", "busy_seconds_total", lambda s: s.engine.busy_s,
+           text="Time with work: steps, and the time between two of them."),
+    Family("counter", "model_seconds_total", lambda s: s.engine.model_s,
+           text="The model's part of it: CUDA events around its kernels, its calls on a CPU."),
+    Family("gauge", "host_gap_ratio", _host_gap,
+           text="Share of the time with work that the model did not take, over the last minute."),
+    Family("counter", "work_bytes_total", lambda s: s.engine.work_bytes,
+           text="Bytes that the steps had to move at least: weights as stored, keys and values."),
+    Family("counter", "work_flops_total", lambda s: s.engine.work_flops,
+           text="Operations that the steps had to compute; a multiply-add is two."),
+    Family("gauge", "mbu_ratio", _bandwidth_used,
+           text="work_bytes per second with work over device_bytes_per_second, last minute."),
+    Family("gauge", "mfu_ratio", _arithmetic_used,
+           text="work_flops per second with work over device_flops_per_second, last minute."),
+    Family("gauge", "device_bytes_per_second", lambda s: s.now.device_bytes_per_s,
+           text="What a copy reached at the start (read and written bytes)."),
+    Family("gauge", "device_flops_per_second", lambda s: s.now.device_flops_per_s,
+           text="What a matrix product in the model's arithmetic reached at the start."),
     Family("gauge", "peak_memory_bytes", lambda s: s.now.peak_memory_bytes,
            text="Most memory held so far: resident on the CPU, reserved by torch on CUDA."),
     Family("gauge", "weight_bytes", lambda s: s.now.weight_bytes,
@@ -164,9 +214,29 @@ DEVICE = (
     Family("counter", "engine_restarts_total", lambda s: s.front.engine_restarts,
            text="Engines that ended by themselves and were started again."),
     Family("counter", "cuda_alloc_retries_total", lambda s: s.now.cuda_alloc_retries,
-           text="Allocations that torch repeated after emptying its cache. CUDA only."),
+           text="Allocations that torch repeated after emptying its cache (CUDA)."),
     Family("counter", "cuda_ooms_total", lambda s: s.now.cuda_ooms,
-           text="Allocations that torch gave up. CUDA only."),
+           text="Allocations that torch gave up (CUDA)."),
+    Family("gauge", "gpu_utilization_ratio", lambda s: s.gpu.utilization_ratio,
+           text="Share of time in which any kernel ran (NVML); says nothing of how well."),
+    Family("gauge", "gpu_memory_used_bytes", lambda s: s.gpu.memory_used_bytes,
+           text="Device memory in use by all processes (NVML)."),
+    Family("gauge", "gpu_memory_total_bytes", lambda s: s.gpu.memory_total_bytes,
+           text="Device memory (NVML)."),
+    Family("gauge", "gpu_power_watts", lambda s: s.gpu.power_watts,
+           text="Power drawn (NVML)."),
+    Family("gauge", "gpu_temperature_celsius", lambda s: s.gpu.temperature_celsius,
+           text="Temperature of the chip (NVML)."),
+    Family("gauge", "gpu_sm_clock_hertz", lambda s: s.gpu.sm_clock_hertz,
+           text="Clock of the SMs (NVML)."),
+    Family("gauge", "gpu_sm_active_ratio", lambda s: s.gpu.sm_active_ratio,
+           text="SMs with work, since the last scrape (GPM, from Hopper on)."),
+    Family("gauge", "gpu_sm_occupancy_ratio", lambda s: s.gpu.sm_occupancy_ratio,
+           text="Warps active over the most there can be (GPM, from Hopper on)."),
+    Family("gauge", "gpu_tensor_active_ratio", lambda s: s.gpu.tensor_active_ratio,
+           text="Tensor cores with work (GPM, from Hopper on)."),
+    Family("gauge", "gpu_dram_active_ratio", lambda s: s.gpu.dram_active_ratio,
+           text="Memory bandwidth used over its peak (GPM, from Hopper on)."),
 )
 # fmt: on
 

@@ -77,6 +77,11 @@ class EngineGauges:
     peak_memory_bytes: int = 0
     cuda_alloc_retries: int | None = None
     cuda_ooms: int | None = None
+    # torch's name of the CUDA device, by which NVML finds it.
+    device_uuid: str | None = None
+    # What the device reached on a copy and on a matrix product when the engine started.
+    device_bytes_per_s: float | None = None
+    device_flops_per_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -116,6 +121,11 @@ class EngineMetrics:
     step_tokens: Histogram = field(default_factory=_counts)
     batch_size: Histogram = field(default_factory=_counts)
     batch_fill: Histogram = field(default_factory=_ratios)
+    # Time with work, the model's part of it, and the least that the steps moved and computed.
+    busy_s: float = 0.0
+    model_s: float = 0.0
+    work_bytes: int | None = None
+    work_flops: int | None = None
 
     def observe_wait(self, priority: str, seconds: float) -> None:
         """A request of `priority` was scheduled for the first time."""
@@ -137,8 +147,11 @@ class FrontMetrics:
     """What happens to requests outside the engine."""
 
     engine_restarts: int = 0
+    # What the served variant measured when it was promoted, by metric (slo in serving.yaml).
+    slo_baselines: dict[str, float] = field(default_factory=dict)
     rejections: Counter[str] = field(default_factory=Counter)  # by reason
     tokenize_s: Histogram = field(default_factory=_texts)
+    detokenize_s: Histogram = field(default_factory=_texts)
 
 
 def _sum(mine: Any, more: Any) -> Any:

@@ -135,6 +135,12 @@ class Request:
     cache_root: str = DEFAULT_ROOT
     id: int = field(default_factory=lambda: next(_ids))
     arrived_ns: int = field(default_factory=perf_counter_ns)
+    # What only the front books: a request is made of tokens, so it is when they are there; when it
+    # was handed to the engine; and for spans what was asked and the caller's W3C trace context.
+    tokenized_ns: int = field(default_factory=perf_counter_ns)
+    queued_ns: int = 0
+    operation: str = "text_completion"
+    traceparent: str | None = None
 
     token_ids: list[int] = field(init=False)
     pages: list[int] = field(init=False, default_factory=list)

@@ -18,6 +18,7 @@ from quantgate_serve.constraints import Constraints
 from quantgate_serve.finite import check_finite
 from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.loading import LoadedModel
+from quantgate_serve.model_clock import ModelClock
 from quantgate_serve.request import Request, TokenLogprob
 from quantgate_serve.scheduler import Chunk
 
@@ -45,6 +46,7 @@ class Runner:
         self._model = loaded.model
         self._device = loaded.device
         self._kv = kv
+        self.clock = ModelClock(loaded.device)
         self._heads = torch.arange(kv.shape.num_kv_heads)
         self._constraints = Constraints(
             loaded.tokenizer, vocab_size=loaded.vocab_size, eos_ids=loaded.eos_ids
@@ -95,13 +97,17 @@ class Runner:
             ]
         )
         step = self._attention_step(decodes, prefills, starts, positions)
-        output = self._model(
-            input_ids=self._to_device(torch.tensor([ids])),
-            position_ids=self._to_device(torch.from_numpy(positions).unsqueeze(0)),
-            use_cache=False,
-            logits_to_keep=self._to_device(torch.tensor(rows or [0])),
-            quantgate_step=step,
-        )
+        input_ids = self._to_device(torch.tensor([ids]))
+        position_ids = self._to_device(torch.from_numpy(positions).unsqueeze(0))
+        logits_to_keep = self._to_device(torch.tensor(rows or [0]))
+        with self.clock:
+            output = self._model(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                use_cache=False,
+                logits_to_keep=logits_to_keep,
+                quantgate_step=step,
+            )
         logits: Tensor = output.logits[0].float()
         return logits
 

@@ -17,6 +17,7 @@ from quantgate_serve.attention.decode_torch import (
 )
 from quantgate_serve.attention.interface import ATTENTION_NAME, register
 from quantgate_serve.attention.torch_paged import paged_attention
+from quantgate_serve.ceilings import forget_buffers, measure_ceilings, measure_copy
 from quantgate_serve.config import ServerSettings
 from quantgate_serve.cuda_runner import CudaRunner
 from quantgate_serve.engine import Engine
@@ -26,9 +27,11 @@ from quantgate_serve.kv.pool import PAGE_SIZE, PagePool
 from quantgate_serve.kv.prefix import PrefixCache
 from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.loading import LoadedModel, UnsupportedModelError, choose_device, load
-from quantgate_serve.metrics import EngineMetrics
+from quantgate_serve.metrics import EngineGauges, EngineMetrics
+from quantgate_serve.model_cost import read_cost
 from quantgate_serve.runner import Runner
 from quantgate_serve.scheduler import Scheduler, SchedulerLimits
+from quantgate_serve.step_meter import StepMeter
 
 _log = logging.getLogger(__name__)
 # Shares of the memory that is free after loading. A CPU server is one process among others.
@@ -39,6 +42,8 @@ _CPU_MAX_TOKENS = 32_768
 
 def load_for_serving(folder: Path, settings: ServerSettings) -> LoadedModel:
     """Load the model with our attention registered."""
+    # First: beside loaded weights its buffers could become the most memory ever held.
+    measure_copy(choose_device(settings.device), torch.get_num_threads())
     register(paged_attention)
     AttentionInterface.register(cuda_paged.ATTENTION_NAME, cuda_paged.cuda_attention)
     is_cuda = choose_device(settings.device).type == "cuda"
@@ -53,6 +58,8 @@ def load_for_serving(folder: Path, settings: ServerSettings) -> LoadedModel:
 
 def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:
     """An engine over `loaded` that has not started yet."""
+    metrics = EngineMetrics()
+    _describe_device(metrics.now, loaded)
     kv_tokens = settings.kv_tokens or choose_kv_tokens(loaded, settings)
     pool = PagePool(kv_tokens // PAGE_SIZE)
     storage = KVStorage(
@@ -68,7 +75,6 @@ def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:
         ),
         prefix_cache=_prefix_cache(pool, settings),
     )
-    metrics = EngineMetrics()
     metrics.now.weight_bytes = loaded.weight_bytes
     metrics.now.kv_bytes = storage.num_bytes
     limits = AdmissionLimits(
@@ -88,6 +94,12 @@ def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:
         )
     else:
         runner = Runner(loaded, storage)
+    meter = StepMeter(
+        metrics,
+        runner.clock,
+        cost=read_cost(loaded.model, loaded.kv_shape),
+        max_batch_size=settings.max_batch_size,
+    )
     engine = Engine(
         runner,
         scheduler,
@@ -95,6 +107,7 @@ def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:
         limits=limits,
         device=loaded.device,
         check_integrity=settings.check_integrity,
+        meter=meter,
     )
     engine.update_gauges()
     return engine
@@ -137,6 +150,14 @@ def _prefix_cache(pool: PagePool, settings: ServerSettings) -> PrefixCache | Non
     if settings.prefix_cache_tokens is None:
         return PrefixCache(pool)
     return PrefixCache(pool, max_pages=settings.prefix_cache_tokens // PAGE_SIZE)
+
+
+def _describe_device(gauges: EngineGauges, loaded: LoadedModel) -> None:
+    ceilings = measure_ceilings(loaded.device, loaded.dtype, torch.get_num_threads())
+    forget_buffers(loaded.device)
+    gauges.device_bytes_per_s, gauges.device_flops_per_s = ceilings
+    if loaded.device.type == "cuda":
+        gauges.device_uuid = str(torch.cuda.get_device_properties(loaded.device).uuid)
 
 
 def choose_kv_tokens(loaded: LoadedModel, settings: ServerSettings) -> int:

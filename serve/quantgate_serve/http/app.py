@@ -9,7 +9,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from quantgate_serve import exposition
-from quantgate_serve.http import exchange, openapi, responses
+from quantgate_serve.http import debug, exchange, openapi, responses
 from quantgate_serve.http.chat import chat_completions
 from quantgate_serve.http.completions import completions
 from quantgate_serve.http.errors import ApiError
@@ -48,6 +48,16 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         # In a thread: some milliseconds of formatting would hold up every stream.
         text = await asyncio.to_thread(service.exposition.render)
         return Response(text, media_type=exposition.CONTENT_TYPE)
+
+    @app.get("/debug/requests", include_in_schema=False)
+    async def debug_requests(http: HttpRequest) -> Response:
+        # Where there are keys an operator's is asked for, also of a proxy on this machine.
+        if service.needs_key:
+            service.check_operator(http)
+        else:
+            debug.check_loopback(http)
+        lives = service.lives.recent(service.engine.in_flight)
+        return debug.lives_answer(http, lives, model_name=service.model_name)
 
     description = openapi.describe(needs_key=service.needs_key)
 

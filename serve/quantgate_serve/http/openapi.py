@@ -51,6 +51,7 @@ def describe(*, needs_key: bool) -> Json:
             "/health": {"get": _text("Whether the engine lives")},
             "/ready": {"get": _text("Whether requests are taken")},
             "/metrics": {"get": _text("Prometheus metrics", refusals=("401", "403"))},
+            "/debug/requests": {"get": _lives()},
         },
         "components": {"schemas": _schemas()},
     }
@@ -103,6 +104,18 @@ def _text(summary: str, *, refusals: tuple[str, ...] = ()) -> Json:
             "503": {"description": "Not now.", "content": content},
         }
         | _refusals(refusals),
+    }
+
+
+def _lives() -> Json:
+    content = {
+        "application/json": {"schema": {"type": "object"}},
+        "text/html": {"schema": {"type": "string"}},
+    }
+    return {
+        "summary": "The recent requests' lives",
+        "responses": {"200": {"description": "JSON, or a page for a browser.", "content": content}}
+        | _refusals(("401", "403")),
     }
 
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter, perf_counter_ns
 from typing import TypeVar
 
@@ -30,6 +30,7 @@ from quantgate_serve.http.protocol import (
 )
 from quantgate_serve.keys import EVERYBODY, Keyring, Tenant
 from quantgate_serve.kv.roots import CacheRoots
+from quantgate_serve.lives import Lives
 from quantgate_serve.request import Priority, Request
 from quantgate_serve.vocabulary import Vocabulary
 
@@ -54,6 +55,8 @@ class Asked:
     priority: Priority
     arrived_ns: int
     deadline_ns: int | None
+    # The caller's W3C trace context, for spans.
+    traceparent: str | None = None
 
 
 class Service:
@@ -81,6 +84,8 @@ class Service:
         self.exposition = Exposition(
             model_name, lambda: engine.metrics, engine.front, also_vllm=metrics_compat == "vllm"
         )
+        self.lives = Lives()
+        engine.on_ended.append(self.lives.add)
         self.is_draining = False
         self.created_s = responses.now_s()
         self._keyring = keyring
@@ -129,7 +134,8 @@ class Service:
         tenant = self.tenant(http)
         body = parse_body(schema, await self._read(http))
         self.check_model(body.model)
-        return body, _asked(body, tenant, http.headers.get(DEADLINE_HEADER), arrived_ns)
+        asked = _asked(body, tenant, http.headers.get(DEADLINE_HEADER), arrived_ns)
+        return body, replace(asked, traceparent=http.headers.get("traceparent"))
 
     async def encode(
         self, prompts: Prompts, *, add_special_tokens: bool, param: str
@@ -209,6 +215,8 @@ class Service:
                         weight=asked.tenant.weight,
                         deadline_ns=asked.deadline_ns,
                         cache_root=self._roots.of(asked.tenant.name),
+                        operation="chat" if isinstance(body, ChatBody) else "text_completion",
+                        traceparent=asked.traceparent,
                     )
                 )
         return result

@@ -396,3 +396,50 @@ def test_a_refused_start_is_code_2_and_a_reason(
     monkeypatch.setattr(os, "environ", dict(os.environ))
     assert main(options) == 2
     assert message in capsys.readouterr().err
+
+
+def test_each_request_leaves_its_life_in_order_for_who_asks_on_this_machine(url: str) -> None:
+    with httpx.stream(
+        "POST",
+        f"{url}/v1/completions",
+        json={"prompt": PROMPT, "max_tokens": 6, "ignore_eos": True, "stream": True},
+        timeout=60,
+    ) as answer:
+        answer.read()
+    post(url, prompt=[5, 6, 7], max_tokens=3, ignore_eos=True)
+    told = httpx.get(f"{url}/debug/requests").json()["requests"]
+    whole, streamed = told[0], told[1]
+    assert (whole["prompt_tokens"], whole["output_tokens"]) == (3, 3)
+    assert (streamed["output_tokens"], streamed["finish_reason"]) == (6, "length")
+    for life in (whole, streamed):
+        stations = ("tokenized", "queued", "admitted", "first_token", "last_token", "finished")
+        times = [life[f"{station}_ms"] for station in stations]
+        assert times == sorted(times), life
+    page = httpx.get(f"{url}/debug/requests", headers={"accept": "text/html"})
+    assert page.headers["content-type"].startswith("text/html")
+
+
+def test_a_request_that_its_client_left_has_a_life_too(url: str) -> None:
+    body = {"prompt": [9, 8, 7], "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+        next(answer.iter_lines())
+    deadline = time.monotonic() + 10
+    while True:
+        life = httpx.get(f"{url}/debug/requests").json()["requests"][0]
+        if life["finish_reason"] is not None:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert life["finish_reason"] == "abort"
+    assert life["first_token_ms"] is not None
+
+
+def test_spans_cannot_be_asked_for_without_their_packages(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("sdk.trace", "exporter.otlp.proto.http.trace_exporter"):
+        monkeypatch.setitem(sys.modules, f"opentelemetry.{name}", None)
+    collector = "http://127.0.0.1:1/v1/traces"
+    options = ["--model", str(llama_folder), "--port", "0", "--device", "cpu"]
+    assert main([*options, "--otlp-traces-endpoint", collector]) == 2
+    assert "pip install 'quantgate[otel]'" in capsys.readouterr().err

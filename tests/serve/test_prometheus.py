@@ -1,0 +1,163 @@
+"""The real Prometheus (Debian's package) scrapes a real server and evaluates the shipped rules."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+RULES = Path(__file__).resolve().parents[2] / "serve" / "alerts" / "quantgate.rules.yaml"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("prometheus") is None,
+        reason="prometheus is not installed (apt-get install prometheus)",
+    ),
+]
+
+
+def wait_for(found: Callable[[], Any], what: str, *, seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while True:
+        value = found()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"after {seconds:g} s there was no {what}"
+        time.sleep(0.2)
+
+
+@contextmanager
+def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with log.open("wb") as file:
+        child = subprocess.Popen(command, stdout=file, stderr=file)
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
+@pytest.fixture
+def server(llama_folder: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    ready = tmp_path / "ready.json"
+    command = [
+        *(sys.executable, "-m", "quantgate_serve", "--model", str(llama_folder), "--port", "0"),
+        *("--ready-file", str(ready), "--device", "cpu", "--threads", "1"),
+        *("--served-model-name", "tiny", "--metrics-compat", "vllm", "--max-queued-requests", "8"),
+    ]
+    with running(command, tmp_path / "server.log") as child:
+        wait_for(ready.exists, "listening server")
+        url = json.loads(ready.read_text())["url"]
+        wait_for(lambda: httpx.get(f"{url}/ready").status_code == 200, "warm server")
+        yield child, url
+
+
+@pytest.fixture
+def prometheus(server: tuple[object, str], tmp_path: Path) -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config = tmp_path / "prometheus.yaml"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "global": {"scrape_interval": "500ms", "evaluation_interval": "500ms"},
+                "rule_files": [str(RULES)],
+                "scrape_configs": [
+                    {
+                        "job_name": "quantgate",
+                        "static_configs": [{"targets": [server[1].removeprefix("http://")]}],
+                    }
+                ],
+            }
+        )
+    )
+    command = [
+        *("prometheus", f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'data'}"),
+        f"--web.listen-address=127.0.0.1:{port}",
+    ]
+    url = f"http://127.0.0.1:{port}"
+
+    def is_up() -> bool:
+        try:
+            return httpx.get(f"{url}/-/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    with running(command, tmp_path / "prometheus.log"):
+        wait_for(is_up, "Prometheus")
+        yield url
+
+
+def query(prometheus: str, expression: str) -> dict[str, float]:
+    answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": expression}).json()
+    assert answer["status"] == "success", answer
+    return {
+        json.dumps(series["metric"], sort_keys=True): float(series["value"][1])
+        for series in answer["data"]["result"]
+    }
+
+
+def rules(prometheus: str) -> dict[str, dict[str, Any]]:
+    groups = httpx.get(f"{prometheus}/api/v1/rules").json()["data"]["groups"]
+    return {rule["name"]: rule for group in groups for rule in group["rules"]}
+
+
+def test_prometheus_reads_the_server_and_evaluates_every_rule(
+    server: tuple[subprocess.Popen[bytes], str], prometheus: str
+) -> None:
+    child, url = server
+    wait_for(lambda: query(prometheus, 'up{job="quantgate"} == 1'), "first scrape")
+    answers = [
+        httpx.post(
+            f"{url}/v1/completions",
+            json={"prompt": [5 + n, 6, 7], "max_tokens": 8, "ignore_eos": True},
+            timeout=60,
+        )
+        for n in range(12)
+    ]
+    assert {answer.status_code for answer in answers} == {200}
+    refused = httpx.post(f"{url}/v1/completions", json={"prompt": [[5]] * 9, "max_tokens": 1})
+    assert refused.status_code == 429
+
+    # The counts arrive, under our names and vLLM's, with quantiles that can be computed.
+    tokens = wait_for(
+        lambda: query(prometheus, "quantgate_generation_tokens_total == 12 * 8"), "token count"
+    )
+    assert len(tokens) == 1
+    assert set(query(prometheus, "vllm:generation_tokens_total").values()) == {96}
+    refusals = query(prometheus, "sum(quantgate_admission_rejections_total)")
+    assert set(refusals.values()) == {1}
+    p95 = query(
+        prometheus,
+        "histogram_quantile(0.95, sum by (le) (quantgate_e2e_request_latency_seconds_bucket))",
+    )
+    assert 0 < p95["{}"] < 120
+
+    # Every rule was evaluated without an error, and none fires on a healthy server.
+    found = wait_for(
+        lambda: (
+            all(rule["health"] == "ok" for rule in rules(prometheus).values()) and rules(prometheus)
+        ),
+        "evaluation",
+    )
+    assert set(found) == {
+        rule["alert"]
+        for group in yaml.safe_load(RULES.read_text())["groups"]
+        for rule in group["rules"]
+    }
+    firing = {name for name, rule in found.items() if rule["state"] == "firing"}
+    assert firing == set()
+
+    # Pending until it has lasted for its `for`.
+    child.kill()
+    wait_for(lambda: rules(prometheus)["QuantgateDown"]["state"] in ("pending", "firing"), "alert")
