@@ -17,7 +17,18 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Protocol
 
-from quantgate_serve.channel import Frames, Loaded, Message, Refused, Start, Stop, Warm, frame
+from quantgate_serve.channel import (
+    Channel,
+    ChannelClosedError,
+    Frames,
+    Loaded,
+    Message,
+    Refused,
+    Start,
+    Stop,
+    Warm,
+    frame,
+)
 from quantgate_serve.config import ServerSettings
 from quantgate_serve.metrics import EngineMetrics
 from quantgate_serve.request import Request
@@ -62,6 +73,10 @@ class EngineThread:
     """
 
     def __init__(self, theirs: socket.socket) -> None:
+        # Here, not in the thread: transformers' lazy imports fail in two threads at once.
+        from quantgate_serve.engine_process import host
+
+        self._host = host
         self._socket = theirs.dup()
         self._code: int | None = None
         self.pid = os.getpid()
@@ -80,11 +95,8 @@ class EngineThread:
         return self._code or 0
 
     def _work(self) -> None:
-        from quantgate_serve.channel import Channel, ChannelClosedError
-        from quantgate_serve.engine_process import host
-
         try:
-            host(Channel(self._socket))
+            self._host(Channel(self._socket))
             self._code = 0
         except ChannelClosedError:
             self._code = 0

@@ -260,3 +260,16 @@ def test_the_engine_ends_with_a_server_that_is_killed(llama_folder: Path, tmp_pa
             os.kill(child.pid, signal.SIGKILL)
         _, alive = psutil.wait_procs([engine], timeout=20)
         assert alive == []
+
+
+def test_without_a_process_of_its_own_the_engine_serves_from_a_thread(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    options = ("--model", str(llama_folder), "--no-engine-process")
+    with served(tmp_path, *options) as (child, url):
+        assert psutil.Process(child.pid).children() == []
+        body = {"prompt": [5], "max_tokens": 4, "ignore_eos": True}
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+        assert answer.json()["usage"]["completion_tokens"] == 4
+        child.terminate()
+        assert child.wait(timeout=30) == 0
