@@ -120,9 +120,9 @@ def test_a_client_that_does_not_read_is_cut_off(url: str) -> None:
         while running(url) > 0:
             assert time.monotonic() < deadline, "the request of a deaf client goes on"
             time.sleep(0.1)
-    metrics = httpx.get(f"{url}/metrics").text
-    ended = [line for line in metrics.splitlines() if 'finished_reason="abort"' in line]
-    assert [float(line.split()[-1]) > 0 for line in ended] == [True]
+        # A fast engine may have made all tokens by now; what counts is that nobody holds them.
+        time.sleep(2.5)  # --read-timeout-s is 1
+        assert b"[DONE]" not in read_all(connection)
 
 
 def running(url: str) -> float:
