@@ -1,6 +1,7 @@
 """A real child process, and real clients: what a user of the server meets."""
 
 import asyncio
+import gzip
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -443,3 +445,50 @@ def test_spans_cannot_be_asked_for_without_their_packages(
     options = ["--model", str(llama_folder), "--port", "0", "--device", "cpu"]
     assert main([*options, "--otlp-traces-endpoint", collector]) == 2
     assert "pip install 'quantgate[otel]'" in capsys.readouterr().err
+
+
+def test_spans_of_a_real_request_reach_a_collector(llama_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp", reason="the extra otel is not installed")
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    bodies: list[bytes] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            packed = self.headers.get("content-encoding") == "gzip"
+            bodies.append(gzip.decompress(body) if packed else body)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    collector = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+    options = ("--model", str(llama_folder), "--otlp-traces-endpoint", endpoint)
+    with server(tmp_path, *options) as (child, found):
+        wait_until_ready(found)
+        trace = "0af7651916cd43dd8448eb211c80319c"
+        answer = httpx.post(
+            f"{found}/v1/completions",
+            json={"prompt": [5, 6, 7], "max_tokens": 3, "ignore_eos": True},
+            headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"},
+            timeout=60,
+        )
+        assert answer.status_code == 200
+        child.terminate()  # what is left is sent before the end
+        assert child.wait(timeout=30) == 0
+    collector.shutdown()
+    collector.server_close()
+    spans = [
+        span
+        for body in bodies
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans
+        for scope in resource.scope_spans
+        for span in scope.spans
+    ]
+    assert sorted(span.name for span in spans) == [
+        "decode", "prefill", "queue", "text_completion tiny",
+    ]  # fmt: skip
+    assert {span.trace_id.hex() for span in spans} == {trace}
