@@ -193,6 +193,47 @@ def audit(
 
 
 @app.command()
+def drill(
+    policy: PolicyArgument,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    variants: VariantsOption = None,
+    faults: Annotated[
+        str | None, typer.Option("--faults", help="Plant only these, comma-separated.")
+    ] = None,
+    all_layers: Annotated[
+        bool, typer.Option("--all-layers", help="Go on through every layer after a catch.")
+    ] = False,
+    runs: RunsOption = RUNS,
+    serving_config: ServingOption = SERVING,
+    as_json: JsonOption = False,
+) -> None:
+    """Plant known faults into copies of a policy's variants: which would its gates let through?
+
+    Exit code 0 only if every harmful fault was caught and no harmless change was blocked.
+    Example: quantgate drill gates/policies/demo.cpu.yaml --variants int4-gptq
+    """
+    from quantgate.drill.runner import DrillRequest, run_drill
+    from quantgate.report.drill import drill_report
+
+    console, progress = _progress()
+    request = DrillRequest(
+        release=_request(policy, model, device, variants, runs, serving_config),
+        faults=[name.strip() for name in faults.split(",")] if faults else None,
+        all_layers=all_layers,
+    )
+    try:
+        result, path = run_drill(request, progress)
+    finally:
+        progress.close()
+    if as_json:
+        typer.echo(path.read_text(encoding="utf-8"))
+    else:
+        console.print(drill_report(result, path=path))
+    raise typer.Exit(0 if result.is_clean else 1)
+
+
+@app.command()
 def judge(
     run: RunArgument,
     policy: Annotated[

@@ -1,0 +1,116 @@
+"""Plants a fault into every Python process that has this folder first on PYTHONPATH.
+
+The server, its engine and the teacher are processes of their own; Python runs `sitecustomize` in
+each of them before anything else. QUANTGATE_DRILL_FAULT names the fault, QUANTGATE_DRILL_FOLDER the
+model it is planted in: other models of the process stay sound. Hooks go on modules by their class,
+so any transformers model with rotary positions takes them.
+"""
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+_LOADER = "quantgate_serve.loading"
+_FIRST_SPOILED_POSITION = 40
+_PAD_TOKENS = 16
+_state: dict[str, Any] = {}
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds the loader as Python would, and wraps its `load` once it is there."""
+
+    def find_spec(
+        self, name: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _LOADER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_wrap(module: Any) -> None:
+            execute(module)
+            module.load = _wrapped(module.load)
+
+        spec.loader.exec_module = execute_and_wrap  # type: ignore[method-assign]
+        return spec
+
+
+def _wrapped(load: Any) -> Any:
+    folder = Path(os.environ["QUANTGATE_DRILL_FOLDER"]).resolve()
+
+    def load_and_plant(path: Any, **options: Any) -> Any:
+        loaded = load(path, **options)
+        if Path(path).resolve() == folder:
+            _plant(loaded.model, os.environ["QUANTGATE_DRILL_FAULT"])
+        return loaded
+
+    return load_and_plant
+
+
+def _plant(model: Any, fault: str) -> None:
+    num_hooked = 0
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind.endswith("RotaryEmbedding") and fault in _ROTARY:
+            module.register_forward_hook(_ROTARY[fault], with_kwargs=True)
+            num_hooked += 1
+        if kind.endswith("Attention") and fault == "kv-scale":
+            for name in ("k_proj", "v_proj"):
+                getattr(module, name).register_forward_hook(_round_to_whole_numbers)
+                num_hooked += 1
+    if fault == "nan-beyond":
+        last = [m for m in model.modules() if type(m).__name__.endswith("MLP")][-1]
+        last.register_forward_hook(_spoil_late_positions)
+    if not num_hooked:
+        raise RuntimeError(f"the drill found no module to plant {fault} in")
+
+
+def _positions(args: Any, kwargs: Any) -> Any:
+    return kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+
+
+def _bf16_phases(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    return _tables(_positions(args, kwargs).bfloat16(), module.inv_freq.bfloat16(), output)
+
+
+def _padded(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    positions = _positions(args, kwargs)
+    # Each of the first positions has a pad token before it, and the distances grow.
+    moved = positions + positions.clamp(max=_PAD_TOKENS)
+    return _tables(moved.float(), module.inv_freq.float(), output)
+
+
+def _note_positions(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    _state["positions"] = _positions(args, kwargs)
+    return output
+
+
+def _tables(positions: Any, frequencies: Any, output: Any) -> Any:
+    import torch
+
+    phases = positions.unsqueeze(-1) * frequencies
+    doubled = torch.cat((phases, phases), dim=-1).float()
+    return doubled.cos().to(output[0].dtype), doubled.sin().to(output[1].dtype)
+
+
+def _spoil_late_positions(module: Any, args: Any, output: Any) -> Any:
+    late = _state["positions"].reshape(-1) >= _FIRST_SPOILED_POSITION
+    rows = output.reshape(-1, len(late), output.shape[-1])
+    return rows.masked_fill(late.view(1, -1, 1), float("nan")).reshape(output.shape)
+
+
+def _round_to_whole_numbers(module: Any, args: Any, output: Any) -> Any:
+    return output.round().clamp(-127, 127)
+
+
+_ROTARY = {"rope-bf16": _bf16_phases, "positions-padded": _padded, "nan-beyond": _note_positions}
+
+if "QUANTGATE_DRILL_FAULT" in os.environ:
+    sys.meta_path.insert(0, _AfterImport())

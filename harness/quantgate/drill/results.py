@@ -1,0 +1,113 @@
+"""What a drill found: one row per fault and variant, the mutation score, and drill.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from quantgate.files import write_json
+
+SCHEMA_VERSION = 1
+
+
+class Caught(StrEnum):
+    """What became of one fault in one variant."""
+
+    CAUGHT = "caught"
+    LET_THROUGH = "LET THROUGH"
+    NO_EFFECT = "no effect"
+    """Not caught, known to be invisible at times, and measured to change nothing here."""
+    PASSED = "passed"
+    """A harmless change that no gate minded."""
+    BLOCKED = "BLOCKED"
+    """A harmless change that a gate minded: a false alarm."""
+    NOT_JUDGED = "NOT JUDGED"
+    """The layer that should see it could not be run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrillRow:
+    """One fault in one variant."""
+
+    fault: str
+    what: str
+    variant: str
+    is_harmful: bool
+    outcome: Caught
+    layer: str
+    """The layer that decided: preflight, build, digest, lock, audit, distribution, behaviour."""
+    gates: tuple[str, ...]
+    """The gates that pass on the sound variant and not on this one."""
+    verdict: str
+    """FAIL, INVALID or INCONCLUSIVE of the first of them; "refused" where no gate was needed."""
+    effect: str
+    seconds: float
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrillResult:
+    """One drill over a policy."""
+
+    policy: str
+    policy_sha256: str
+    source_sha256: str
+    machine: Mapping[str, Any]
+    taken_at: str
+    seconds: float
+    rows: tuple[DrillRow, ...]
+    blind_gates: Mapping[str, tuple[str, ...]]
+    """By variant: gates that do not pass on the sound variant, and so can catch nothing."""
+    not_applicable: Mapping[str, str]
+    """Faults that no variant could have, and why."""
+    advice: Mapping[str, str]
+    """A gate to add, by the name of each fault that was let through."""
+
+    @property
+    def num_harmful(self) -> int:
+        """Harmful faults that had an effect to be seen."""
+        return len(self._having(Caught.CAUGHT, Caught.LET_THROUGH, Caught.NOT_JUDGED))
+
+    @property
+    def num_caught(self) -> int:
+        return len(self._having(Caught.CAUGHT))
+
+    @property
+    def num_benign(self) -> int:
+        return sum(not row.is_harmful for row in self.rows)
+
+    @property
+    def num_blocked(self) -> int:
+        return len(self._having(Caught.BLOCKED))
+
+    @property
+    def is_clean(self) -> bool:
+        """Every harmful fault caught, no harmless change blocked, and both kinds were tried."""
+        bad = (Caught.LET_THROUGH, Caught.BLOCKED, Caught.NOT_JUDGED)
+        return bool(self.rows) and self.num_caught > 0 and not self._having(*bad)
+
+    def _having(self, *outcomes: Caught) -> list[DrillRow]:
+        harmful = (Caught.CAUGHT, Caught.LET_THROUGH, Caught.NO_EFFECT)
+        return [
+            row
+            for row in self.rows
+            if row.outcome in outcomes and (row.is_harmful or row.outcome not in harmful)
+        ]
+
+
+def write_drill(path: Path, result: DrillResult) -> None:
+    summary = {
+        "num_harmful": result.num_harmful,
+        "num_caught": result.num_caught,
+        "num_benign": result.num_benign,
+        "num_blocked": result.num_blocked,
+        "is_clean": result.is_clean,
+    }
+    write_json(path, {"schema_version": SCHEMA_VERSION} | summary | asdict(result))
+
+
+def by_outcome(rows: Sequence[DrillRow], outcome: Caught) -> list[DrillRow]:
+    return [row for row in rows if row.outcome is outcome]

@@ -1,0 +1,97 @@
+"""The drill's table: each fault, how large it was, and which gate caught it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from quantgate.drill.results import Caught, DrillResult, DrillRow, by_outcome
+
+_STYLES = {
+    Caught.CAUGHT: "green",
+    Caught.PASSED: "green",
+    Caught.NO_EFFECT: "yellow",
+    Caught.LET_THROUGH: "bold red",
+    Caught.BLOCKED: "bold red",
+    Caught.NOT_JUDGED: "bold magenta",
+}
+
+
+def drill_report(result: DrillResult, *, path: Path) -> RenderableType:
+    """Everything a drill prints at its end."""
+    return Group(
+        drill_table(result),
+        Text(),
+        _score(result),
+        *_advice(result),
+        *_blind(result),
+        Text(str(path)),
+    )
+
+
+def drill_table(result: DrillResult) -> Table:
+    """A row per fault and variant: harmful ones first, in the order of the catalogue."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("Fault", "Variant", "Outcome", "Caught by", "Verdict", "Effect"):
+        table.add_column(column, no_wrap=column != "Effect")
+    table.add_column("s", justify="right", no_wrap=True)
+    for row in sorted(result.rows, key=lambda row: not row.is_harmful):
+        table.add_row(
+            escape(row.fault),
+            escape(row.variant),
+            Text(row.outcome.value, style=_STYLES[row.outcome]),
+            escape(caught_by(row)),
+            row.verdict,
+            escape(row.effect or row.note),
+            f"{row.seconds:.1f}",
+        )
+    return table
+
+
+def caught_by(row: DrillRow) -> str:
+    """The layer and the first gate, and how many more."""
+    if not row.gates:
+        return row.layer
+    more = f" +{len(row.gates) - 1}" if len(row.gates) > 1 else ""
+    return f"{row.layer}: {row.gates[0]}{more}"
+
+
+def _score(result: DrillResult) -> Text:
+    unseen = len(by_outcome(result.rows, Caught.NO_EFFECT))
+    text = (
+        f"mutation score {result.num_caught}/{result.num_harmful} harmful faults caught, "
+        f"false alarms {result.num_blocked}/{result.num_benign} harmless changes blocked"
+    )
+    if unseen:
+        text += f", {unseen} without an effect that could be seen"
+    return Text(f"{text}  ({result.seconds:.0f} s)", style="green" if result.is_clean else "red")
+
+
+def _advice(result: DrillResult) -> list[Text]:
+    lines = []
+    for row in by_outcome(result.rows, Caught.LET_THROUGH):
+        gate = result.advice.get(row.fault)
+        add = f"  add: {gate}" if gate else ""
+        note = f"  ({row.note})" if row.note else ""
+        lines.append(Text(f"let through: {row.fault} in {row.variant}: {row.what}{note}{add}"))
+    for row in by_outcome(result.rows, Caught.BLOCKED):
+        lines.append(
+            Text(f"false alarm: {', '.join(row.gates)} blocks {row.fault} in {row.variant}")
+        )
+    for row in by_outcome(result.rows, Caught.NO_EFFECT):
+        lines.append(Text(f"no effect: {row.fault} in {row.variant}: {row.note}"))
+    return lines
+
+
+def _blind(result: DrillResult) -> list[Text]:
+    return [
+        Text(
+            f"{variant}: {', '.join(gates)} do not pass when it is sound, so they catch nothing",
+            style="yellow",
+        )
+        for variant, gates in result.blind_gates.items()
+    ]

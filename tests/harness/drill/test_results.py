@@ -1,0 +1,55 @@
+"""The mutation score: what counts as caught, and what an exit code of 0 asks for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from quantgate.drill.results import Caught, DrillResult, DrillRow, write_drill
+
+
+def row(outcome: Caught, *, is_harmful: bool = True) -> DrillRow:
+    return DrillRow(
+        fault="f", what="w", variant="v", is_harmful=is_harmful, outcome=outcome, layer="audit",
+        gates=("g",), verdict="FAIL", effect="", seconds=1.0,
+    )  # fmt: skip
+
+
+def result(*rows: DrillRow) -> DrillResult:
+    return DrillResult(
+        policy="p", policy_sha256="0", source_sha256="1", machine={}, taken_at="now", seconds=2.0,
+        rows=rows, blind_gates={}, not_applicable={}, advice={},
+    )  # fmt: skip
+
+
+CAUGHT, PASSED = row(Caught.CAUGHT), row(Caught.PASSED, is_harmful=False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_clean", "score", "alarms"),
+    [
+        ((CAUGHT, PASSED), True, (1, 1), (0, 1)),
+        ((CAUGHT, PASSED, row(Caught.NO_EFFECT)), True, (1, 1), (0, 1)),
+        ((CAUGHT, row(Caught.LET_THROUGH)), False, (1, 2), (0, 0)),
+        ((CAUGHT, row(Caught.BLOCKED, is_harmful=False)), False, (1, 1), (1, 1)),
+        ((CAUGHT, row(Caught.NOT_JUDGED)), False, (1, 2), (0, 0)),
+        ((PASSED,), False, (0, 0), (0, 1)),
+        ((), False, (0, 0), (0, 0)),
+    ],
+)
+def test_a_drill_is_clean_only_with_a_catch_and_neither_a_miss_nor_a_false_alarm(
+    rows: tuple[DrillRow, ...], is_clean: bool, score: tuple[int, int], alarms: tuple[int, int]
+) -> None:
+    found = result(*rows)
+    assert found.is_clean is is_clean
+    assert (found.num_caught, found.num_harmful) == score
+    assert (found.num_blocked, found.num_benign) == alarms
+
+
+def test_drill_json_says_the_score_and_every_row(tmp_path: Path) -> None:
+    write_drill(tmp_path / "drill.json", result(CAUGHT, PASSED))
+    value = json.loads((tmp_path / "drill.json").read_text(encoding="utf-8"))
+    assert (value["num_caught"], value["num_harmful"], value["is_clean"]) == (1, 1, True)
+    assert [one["outcome"] for one in value["rows"]] == ["caught", "passed"]
