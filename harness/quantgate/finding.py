@@ -7,12 +7,14 @@ or too few samples for any interval, is a `NoFinding`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantgate.gate import Gate
 from quantgate.measure import (
     Binomial,
     Clustered,
+    ClusteredRatio,
     Latencies,
     Measured,
     PairedBinary,
@@ -61,6 +63,8 @@ def find(gate: Gate, measurement: Measured) -> Finding | NoFinding:
             return _find_share(gate, measurement)
         case "mean", Clustered():
             return _find_mean(gate, measurement)
+        case "mean", ClusteredRatio():
+            return _find_cluster_ratio(gate, measurement)
         case "ratio", PairedBlocks():
             return _find_ratio(gate, measurement)
         case "percentile", Latencies():
@@ -112,7 +116,7 @@ def _find_share(gate: Gate, measured: Binomial) -> Finding:
 
 def _find_mean(gate: Gate, measured: Clustered) -> Finding | NoFinding:
     limit = gate.limit.to(measured.unit)
-    if too_few := _too_few_clusters(measured):
+    if too_few := _too_few_clusters(measured.counts):
         return too_few
     totals, counts, confidence = measured.totals, measured.counts, gate.confidence
     support = _support(measured)
@@ -139,6 +143,28 @@ def _find_mean(gate: Gate, measured: Clustered) -> Finding | NoFinding:
         n_required=n_required,
         smallest_detectable_effect=effect,
         reason=f"{sum(counts):,} observations in {measured.n:,} clusters",
+    )
+
+
+def _find_cluster_ratio(gate: Gate, measured: ClusteredRatio) -> Finding | NoFinding:
+    limit, confidence = gate.limit.to("x"), gate.confidence
+    if too_few := _too_few_clusters(measured.baseline):
+        return too_few
+    sums = measured.candidate, measured.baseline
+    support = clusters.NON_NEGATIVE
+    return Finding(
+        unit="x",
+        limit=limit,
+        interval=clusters.ratio_interval(*sums, confidence=confidence, support=support),
+        n=measured.n,
+        n_required=clusters.required_clusters(
+            *sums, limit=limit, confidence=confidence, support=support
+        ),
+        smallest_detectable_effect=clusters.smallest_detectable_effect(
+            *sums, confidence=confidence, support=support
+        ),
+        reason=f"{math.fsum(sums[0]):.4g} against {math.fsum(sums[1]):.4g} "
+        f"in {measured.n:,} clusters",
     )
 
 
@@ -208,15 +234,15 @@ def _support(measured: Clustered) -> clusters.Support:
     return clusters.UNBOUNDED if measured.paired else clusters.NON_NEGATIVE
 
 
-def _too_few_clusters(measured: Clustered) -> NoFinding | None:
-    effective = clusters.num_effective(measured.counts)
+def _too_few_clusters(sizes: Sequence[float]) -> NoFinding | None:
+    effective = clusters.num_effective(sizes)
     if effective >= clusters.MIN_CLUSTERS:
         return None
-    found = f"{measured.n} clusters"
-    if effective < measured.n:
+    found = f"{len(sizes)} clusters"
+    if effective < len(sizes) - 0.05:
         found += f" of unequal size, which weigh like {effective:.1f}"
     reason = f"too few samples: {found}, at least {clusters.MIN_CLUSTERS} needed"
-    return NoFinding(reason, measured.n)
+    return NoFinding(reason, len(sizes))
 
 
 def _or_infinite(value: float | None) -> float:

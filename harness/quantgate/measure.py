@@ -102,6 +102,41 @@ class Clustered:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClusteredRatio:
+    """Per cluster the sum of one quantity under a baseline and under the candidate.
+
+    The metric is the ratio of the two overall sums, for example KL in units of a healthy
+    quantizer's.
+    """
+
+    metric: str
+    source: str
+    baseline: tuple[float, ...]
+    candidate: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        _check_unit(self.metric, "x")
+        for side in ("baseline", "candidate"):
+            values = _numbers(self.metric, side, getattr(self, side))
+            for index, value in enumerate(values):
+                if value < 0:
+                    raise InvalidMeasurement(
+                        f"{self.metric}: {side}[{index}] is {value:g}; expected 0 or more"
+                    )
+            _keep(self, side, values)
+        _check_lengths(self.metric, baseline=self.baseline, candidate=self.candidate)
+        _refuse_nothing(self.metric, self.n, "clusters")
+        if not any(self.baseline):
+            raise InvalidMeasurement(
+                f"{self.metric}: the baseline is 0, so there is no ratio; write Missing"
+            )
+
+    @property
+    def n(self) -> int:
+        return len(self.baseline)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Binomial:
     """How many of the trials showed the event: invalid outputs, errors, top-1 agreements."""
 
@@ -192,7 +227,9 @@ class Missing:
             raise InvalidMeasurement(f"{self.metric}: Missing needs a reason, in words")
 
 
-Measured: TypeAlias = Scalar | PairedBinary | Clustered | Binomial | PairedBlocks | Latencies
+Measured: TypeAlias = (
+    Scalar | PairedBinary | Clustered | ClusteredRatio | Binomial | PairedBlocks | Latencies
+)
 Measurement: TypeAlias = Measured | Missing
 
 

@@ -15,6 +15,7 @@ from quantgate.files import write_json
 from quantgate.measure import (
     Binomial,
     Clustered,
+    ClusteredRatio,
     InvalidMeasurement,
     Latencies,
     Measurement,
@@ -32,6 +33,7 @@ KINDS: dict[str, type[Any]] = {
     "scalar": Scalar,
     "paired_binary": PairedBinary,
     "clustered": Clustered,
+    "clustered_ratio": ClusteredRatio,
     "binomial": Binomial,
     "paired_blocks": PairedBlocks,
     "latencies": Latencies,

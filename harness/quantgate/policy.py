@@ -281,9 +281,9 @@ def _not_measured(policy: Policy, gate: Gate) -> str | None:
     """Why nothing in the policy would measure the gate's metric; None when something does."""
     name = parse_metric(gate.metric)
     if name.is_golden_set:
-        if name.noun in policy.golden_set_names:
+        if name.stem in policy.golden_set_names:
             return None
-        return f"{gate.metric}: " + _unknown("golden set", name.noun, policy.golden_set_names)
+        return f"{gate.metric}: " + _unknown("golden set", name.stem, policy.golden_set_names)
     if name.section == "quality" and policy.distribution is None:
         return f'{gate.metric} needs "distribution"; write: distribution: {{golden_set: NAME}}'
     if name.section in ("perf", "stability"):

@@ -22,6 +22,7 @@ from quantgate.load.stage import find_arm
 from quantgate.measure import (
     Binomial,
     Clustered,
+    ClusteredRatio,
     Latencies,
     Measurement,
     Missing,
@@ -261,6 +262,8 @@ def metrics_of(measurement: Measurement) -> list[tuple[str, float]]:
             if measurement.transform == "exp":
                 return [(name, math.exp(mean))]
             return [(f"{name}.change" if measurement.paired else name, mean)]
+        case ClusteredRatio():
+            return [(name, sum(measurement.candidate) / sum(measurement.baseline))]
         case PairedBlocks():
             pairs = zip(measurement.champion, measurement.candidate, strict=True)
             logs = [math.log(candidate / champion) for champion, candidate in pairs]

@@ -18,7 +18,7 @@ from quantgate.load.results import (
 )
 from quantgate.load.stage import CHAMPION_ARM, find_arm, read_facts
 from quantgate.measure import Binomial, Measurement, Missing, Scalar
-from quantgate.quality import distribution
+from quantgate.quality import distribution_results
 from quantgate.quality.golden import GoldenSet
 from quantgate.quality.results import count_errors, missing_golden_set, reduce_golden_set
 from quantgate.quality.stage import QualityResult
@@ -98,8 +98,8 @@ def _distribution(evidence: VariantEvidence, release: ReleaseFolder) -> list[Mea
     if reason is None and not path.is_file():
         return []
     if reason:
-        return [Missing(metric=metric, reason=reason) for metric in distribution.METRICS]
-    return distribution.reduce_distribution(path, source=_source(path, release))
+        return [Missing(metric=metric, reason=reason) for metric in distribution_results.METRICS]
+    return distribution_results.reduce_distribution(path, source=_source(path, release))
 
 
 def _load(evidence: VariantEvidence, release: ReleaseFolder) -> list[Measurement]:

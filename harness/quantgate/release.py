@@ -30,16 +30,17 @@ from quantgate.plan import Plan, ReleaseRequest, make_plan
 from quantgate.policy import SOURCE, Policy, load_policy, required_gates
 from quantgate.preflight import check_variants
 from quantgate.progress import Progress
-from quantgate.quality.distribution import compare_with_reference
+from quantgate.quality.distribution import Candidate, compare_with_reference
 from quantgate.quality.lock import lock_sha256
 from quantgate.quality.overlap import find_overlap
 from quantgate.quality.rendering import RenderedPrompt, Renderer
 from quantgate.quality.stage import QualityResult, ServedModel, engine_sha256, measure_quality
+from quantgate.quality.teacher import teacher_sha256
 from quantgate.reduce import VariantEvidence, reduce_variant
 from quantgate.release_folder import JUDGED, MEASURED, ReleaseFolder, open_release, store_of
 from quantgate.server_pool import ServerPool
 from quantgate.variants.build import Variant
-from quantgate.variants.scheme import CALIBRATED_SCHEMES
+from quantgate.variants.scheme import CALIBRATED_SCHEMES, DEFAULT_GROUP_SIZE
 from quantgate.verdict import Decision, judge_release
 from quantgate.verdicts_file import ReleaseVerdicts, collect_verdicts, write_verdicts
 
@@ -266,10 +267,21 @@ def _measure_distribution(
                 "dtype": plan.dtype,
                 "device": plan.device,
                 "engine": engine_sha256(),
+                "teacher": teacher_sha256(),
+                "scheme": variant.manifest.scheme,
+                "group_size": _group_size(plan, name),
             }
         )
         paths[name] = store / f"distribution-{key[:24]}.parquet"
-    wanted = {n: v.folder for n, v in variants.items() if not paths[n].is_file()}
+    wanted = {
+        name: Candidate(
+            folder=variant.folder,
+            scheme=plan.policy.variants[name].scheme,
+            group_size=_group_size(plan, name),
+        )
+        for name, variant in variants.items()
+        if not paths[name].is_file()
+    }
     for name in variants:
         if name not in wanted:
             progress.step(note=f"{name} reused")
@@ -291,6 +303,10 @@ def _measure_distribution(
     for name, reason in failures.items():
         progress.note(f"{name}: {reason}")
     return failures
+
+
+def _group_size(plan: Plan, name: str) -> int:
+    return plan.policy.variants[name].group_size or DEFAULT_GROUP_SIZE
 
 
 def _with_next_token(rendered: list[RenderedPrompt], max_tokens: int) -> list[RenderedPrompt]:

@@ -102,7 +102,12 @@ class MetricName:
         """The noun names a golden set, and the statistic a scorer or a validity check."""
         if self.section == "validity":
             return True
-        return self.section == "quality" and self.noun not in DISTRIBUTION_NOUNS
+        return self.section == "quality" and self.stem not in DISTRIBUTION_NOUNS
+
+    @property
+    def stem(self) -> str:
+        """The noun without its slice: `kl_nats` of `kl_nats.from-256`."""
+        return self.noun.split(".", maxsplit=1)[0]
 
     @property
     def is_percentile(self) -> bool:
@@ -124,9 +129,8 @@ class MetricName:
         if self.statistic in _STATISTIC_DIMENSIONS:
             return _STATISTIC_DIMENSIONS[self.statistic]
         # `e2e_ms.p95.ratio` keeps its inner statistic in the noun; the unit ends the first part.
-        stem = self.noun.split(".", maxsplit=1)[0]
         for ending, dimension in _NOUN_DIMENSIONS:
-            if stem.endswith(ending):
+            if self.stem.endswith(ending):
                 return dimension
         raise UnitError(
             f'metric "{self}" does not say its unit; expected a noun that ends in '
@@ -153,6 +157,11 @@ def parse_metric(text: str) -> MetricName:
             f"expected one of {', '.join(SECTIONS)}{did_you_mean(name.section, SECTIONS)}"
         )
     return name
+
+
+def slice_of_tag(tag: str) -> str:
+    """What a metric's noun ends in for the items with a tag: `order-lookup.tag-long`."""
+    return "tag-" + re.sub(r"[^\w-]+", "-", tag)
 
 
 def dimension_of_unit(unit: str) -> str:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from quantgate.measure import (
     Binomial,
     Clustered,
+    ClusteredRatio,
     InvalidMeasurement,
     Latencies,
     Missing,
@@ -39,6 +40,11 @@ GOOD: dict[type[Any], dict[str, Any]] = {
         "totals": (1.0, 2.0),
         "counts": (10, 20),
     },
+    ClusteredRatio: {
+        "metric": "quality/kl_nats.healthy.ratio",
+        "baseline": (0.5, 0.0),
+        "candidate": (0.25, 0.125),
+    },
     Binomial: {"metric": "stability/error.rate", "events": 1, "trials": 10},
     PairedBlocks: {
         "metric": "perf/output_tok_per_s.ratio",
@@ -60,6 +66,7 @@ def build(kind: type[Any], **changes: Any) -> Any:
         (Scalar, 3),
         (PairedBinary, 8),
         (Clustered, 2),
+        (ClusteredRatio, 2),
         (Binomial, 10),
         (PairedBlocks, 2),
         (Latencies, 3),
@@ -75,6 +82,8 @@ def test_every_kind_knows_its_n(kind: type[Any], n: int) -> None:
     [
         (Scalar, "value"),
         (Clustered, "totals"),
+        (ClusteredRatio, "baseline"),
+        (ClusteredRatio, "candidate"),
         (PairedBlocks, "champion"),
         (PairedBlocks, "candidate"),
         (Latencies, "values"),
@@ -113,6 +122,7 @@ def test_a_count_that_is_not_whole_is_refused() -> None:
     [
         (PairedBinary, {"both": 0, "reference_only": 0, "candidate_only": 0}, "items"),
         (Clustered, {"totals": (), "counts": ()}, "clusters"),
+        (ClusteredRatio, {"baseline": (), "candidate": ()}, "clusters"),
         (Binomial, {"events": 0, "trials": 0}, "trials"),
         (PairedBlocks, {"champion": (), "candidate": ()}, "blocks"),
         (Latencies, {"values": (), "failed": 0}, "requests"),
@@ -127,11 +137,26 @@ def test_nothing_at_all_is_missing_not_a_measurement(
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [(Clustered, {"counts": (10,)}), (PairedBlocks, {"candidate": (9.0,)})],
+    [
+        (Clustered, {"counts": (10,)}),
+        (ClusteredRatio, {"candidate": (9.0,)}),
+        (PairedBlocks, {"candidate": (9.0,)}),
+    ],
 )
 def test_columns_of_unequal_length_are_refused(kind: type[Any], changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidMeasurement, match="unequal length"):
         build(kind, **changes)
+
+
+@pytest.mark.parametrize("side", ["baseline", "candidate"])
+def test_a_sum_below_zero_has_no_ratio(side: str) -> None:
+    with pytest.raises(InvalidMeasurement, match=rf"{side}\[1\] is -1; expected 0 or more"):
+        build(ClusteredRatio, **{side: (1.0, -1.0)})
+
+
+def test_a_ratio_to_nothing_is_missing_not_a_measurement() -> None:
+    with pytest.raises(InvalidMeasurement, match="the baseline is 0"):
+        build(ClusteredRatio, baseline=(0.0, 0.0))
 
 
 @pytest.mark.parametrize(("events", "trials"), [(11, 10)])

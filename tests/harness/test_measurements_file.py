@@ -11,6 +11,7 @@ import pytest
 from quantgate.measure import (
     Binomial,
     Clustered,
+    ClusteredRatio,
     InvalidMeasurement,
     Latencies,
     Measurement,
@@ -58,6 +59,12 @@ EVERY_KIND: tuple[Measurement, ...] = (
     ),
     Latencies(metric="perf/e2e_ms.p95", source="load", unit="ms", values=(1.5, 2.0), failed=1),
     Missing(metric="stability/oom.count", reason="server died", source="server.log"),
+    ClusteredRatio(
+        metric="quality/kl_nats.healthy.ratio",
+        source="prose.parquet",
+        baseline=(0.5, 0.25),
+        candidate=(0.75, 0.125),
+    ),
 )
 
 
@@ -162,7 +169,7 @@ def test_what_is_not_an_object_is_not_a_measurement() -> None:
         ),
         (
             lambda c: c["variants"]["int8"]["measurements"].append(to_json(EVERY_KIND[0])),
-            r"measurements\[7\]: memory/peak_bytes.max appears twice",
+            r"measurements\[8\]: memory/peak_bytes.max appears twice",
         ),
     ],
 )

@@ -15,7 +15,7 @@ from quantgate.load.client import PhaseRecord, RequestRecord
 from quantgate.load.results import ABSOLUTE_METRICS, RATIO_METRICS
 from quantgate.load.stage import CHAMPION_ARM
 from quantgate.measure import Binomial, Latencies, Measurement, Missing, PairedBlocks, Scalar
-from quantgate.quality.distribution import METRICS
+from quantgate.quality.distribution_results import METRICS
 from quantgate.quality.stage import QualityResult
 from quantgate.reduce import (
     ERROR_METRIC,

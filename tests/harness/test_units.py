@@ -13,6 +13,7 @@ from quantgate.units import (
     convert,
     parse_metric,
     parse_quantity,
+    slice_of_tag,
     units_of,
 )
 
@@ -145,3 +146,13 @@ def test_a_name_without_a_unit_is_refused() -> None:
 )
 def test_percentiles_are_read_from_the_statistic(metric: str, percentile: float | None) -> None:
     assert parse_metric(metric).percentile == percentile
+
+
+@pytest.mark.parametrize(
+    ("tag", "name"), [("long", "tag-long"), ("template:held out", "tag-template-held-out")]
+)
+def test_a_tag_becomes_a_part_of_a_metric_name(tag: str, name: str) -> None:
+    assert slice_of_tag(tag) == name
+    metric = parse_metric(f"quality/kl_nats.{name}.mean")
+    assert (metric.stem, metric.dimension, metric.is_golden_set) == ("kl_nats", "nats", False)
+    assert parse_metric(f"quality/set.{name}.exact_match").is_golden_set

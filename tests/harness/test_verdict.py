@@ -15,6 +15,7 @@ from quantgate.gate import Gate
 from quantgate.measure import (
     Binomial,
     Clustered,
+    ClusteredRatio,
     Latencies,
     Measurement,
     Missing,
@@ -51,6 +52,7 @@ def judged(rule: Gate, measurement: Measurement | None) -> Verdict:
 MEMORY = gate("memory/peak_bytes.max", "limit", max="2 GiB")
 QUALITY = gate("quality/set.exact_match", "non_inferiority", margin="2 pt")
 KL = gate("quality/kl_nats.mean", "mean", max="0.06 nats")
+HEALTHY = gate("quality/kl_nats.healthy.ratio", "mean", max="1.25 x")
 PERPLEXITY = gate("quality/perplexity.ratio", "mean", max="1.04 x")
 TOP1 = gate("quality/top1_agreement.rate", "rate", min="90 %")
 ERRORS = gate("stability/error.rate", "rate", max="1 %")
@@ -95,6 +97,15 @@ UNEQUAL = Clustered(
     totals=(1.0,) * 40,
     counts=(100,) * 4 + (1,) * 36,
 )
+
+
+def against_healthy(ratio: float, *, m: int = 60) -> ClusteredRatio:
+    """Documents of unequal divergence, of which the candidate has `ratio` times the baseline's."""
+    baseline = tuple(0.5 + (i % 7) / 4 for i in range(m))
+    candidate = tuple(ratio * b * (1.02 if i % 2 else 0.98) for i, b in enumerate(baseline))
+    return ClusteredRatio(
+        metric=HEALTHY.metric, source="kl.parquet", baseline=baseline, candidate=candidate
+    )
 
 
 def counted(events: int, trials: int, metric: str = ERRORS.metric) -> Binomial:
@@ -154,6 +165,10 @@ def test_a_smallest_value_passes_down_to_and_exactly_at_it(value: float, outcome
         ),
         pytest.param(clustered(0.061, spread=0.02), KL, INCONCLUSIVE, id="mean around"),
         pytest.param(clustered(0.07, spread=0.001), KL, FAIL, id="mean above"),
+        # mean, relative to a healthy quantizer
+        pytest.param(against_healthy(1.2), HEALTHY, PASS, id="as healthy"),
+        pytest.param(against_healthy(1.25), HEALTHY, INCONCLUSIVE, id="at 1.25"),
+        pytest.param(against_healthy(1.3), HEALTHY, FAIL, id="beyond 1.25"),
         # rate, max 1 %
         pytest.param(counted(0, 299), ERRORS, PASS, id="rule of three reached"),
         pytest.param(counted(0, 298), ERRORS, INCONCLUSIVE, id="rule of three missed by one"),
@@ -246,6 +261,7 @@ def test_a_decided_verdict_names_no_required_n() -> None:
         ),
         (KL, clustered(0.01, m=29), "too few samples: 29 clusters, at least 30 needed"),
         (KL, UNEQUAL, "40 clusters of unequal size, which weigh like 4.7, at least 30 needed"),
+        (HEALTHY, against_healthy(1.0, m=12), "too few samples: 12 clusters"),
         (SPEED, blocks(1.0, 1.0, 1.0), "too few samples: 3 blocks, at least 4 needed"),
         (
             gate(ERRORS.metric, "rate", max="1 %", min_n=500),
@@ -327,6 +343,12 @@ def test_a_sequential_gate_needs_more_items_and_still_fails_what_is_broken() -> 
     assert undecided.n_required > 400
     assert judged(always, paired(3, 3, 1200)).outcome is PASS
     assert judged(always, paired(20, 2, 60)).outcome is FAIL
+
+
+def test_a_variant_that_does_not_differ_was_not_quantized() -> None:
+    rule = gate(KL.metric, "mean", min="0.00001 nats")
+    assert judged(rule, clustered(0.0)).outcome is FAIL
+    assert judged(rule, clustered(0.001, spread=0.0002)).outcome is PASS
 
 
 @pytest.mark.parametrize("lost", [0, 1, 2, 4, 8])

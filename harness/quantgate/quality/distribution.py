@@ -1,4 +1,4 @@
-"""KL, top-1 agreement and perplexity against the reference: runs the teacher, reduces its rows."""
+"""KL, agreement and perplexity against the reference: runs the teacher, which compares them."""
 
 from __future__ import annotations
 
@@ -8,31 +8,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet as pq
-
-from quantgate.errors import MeasurementError
 from quantgate.files import write_json
-from quantgate.measure import Clustered, Measurement, Missing, Scalar
+from quantgate.gate import Scheme
 from quantgate.quality.rendering import RenderedPrompt
 from quantgate.server import last_lines
 
 _POLL_S = 0.2
 
-METRICS = (
-    "quality/kl_nats.mean",
-    "quality/kl_nats.p99",
-    "quality/top1_agreement.rate",
-    "quality/perplexity.ratio",
-    "quality/non_finite.count",
-)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A model to compare; scheme and group size say what its healthy twin is."""
+
+    folder: Path
+    scheme: Scheme
+    group_size: int
 
 
 def compare_with_reference(
     reference: Path,
-    candidates: Mapping[str, Path],
+    candidates: Mapping[str, Candidate],
     documents: Sequence[RenderedPrompt],
     *,
     out: Mapping[str, Path],
@@ -71,73 +69,9 @@ def compare_with_reference(
     return failures
 
 
-def reduce_distribution(path: Path, *, source: str) -> list[Measurement]:
-    """Reduces one candidate's rows to measurements, clustered by document.
-
-    Raises:
-        MeasurementError: the file holds no rows.
-    """
-    table = pq.read_table(path)
-    if table.num_rows == 0:
-        raise MeasurementError(f"{path}: no tokens were compared.")
-    kl = table["kl_nats"].to_numpy()
-    finite = table["is_finite"].to_numpy()
-    agree = table["is_top1_equal"].to_numpy()
-    nll = table["candidate_nll_nats"].to_numpy() - table["reference_nll_nats"].to_numpy()
-    documents = np.asarray(table["document"].to_pylist())
-    _, index = np.unique(documents, return_inverse=True)
-    num_non_finite = int((~finite).sum())
-    counted = Scalar(
-        metric="quality/non_finite.count",
-        value=num_non_finite,
-        unit="count",
-        n=table.num_rows,
-        source=source,
-    )
-    if num_non_finite:
-        reason = f"{num_non_finite} of {table.num_rows} positions have non-finite logits"
-        others = [m for m in METRICS if m != counted.metric]
-        return [counted, *(Missing(metric=m, reason=reason, source=source) for m in others)]
-    counts = tuple(int(c) for c in np.bincount(index))
-    return [
-        Clustered(
-            metric="quality/kl_nats.mean",
-            unit="nats",
-            totals=tuple(np.bincount(index, weights=kl)),
-            counts=counts,
-            source=source,
-        ),
-        Scalar(
-            metric="quality/kl_nats.p99",
-            value=float(np.percentile(kl, 99, method="inverted_cdf")),
-            unit="nats",
-            n=table.num_rows,
-            source=source,
-        ),
-        # Tokens of one document are not independent, so agreement is clustered like KL.
-        Clustered(
-            metric="quality/top1_agreement.rate",
-            unit="1",
-            totals=tuple(np.bincount(index, weights=agree.astype(float))),
-            counts=counts,
-            source=source,
-        ),
-        Clustered(
-            metric="quality/perplexity.ratio",
-            unit="x",
-            totals=tuple(np.bincount(index, weights=nll)),
-            counts=counts,
-            transform="exp",
-            paired=True,
-            source=source,
-        ),
-        counted,
-    ]
-
-
 def _run_teacher(
     reference: Path,
-    candidates: Mapping[str, Path],
+    candidates: Mapping[str, Candidate],
     documents: Sequence[RenderedPrompt],
     *,
     out: Mapping[str, Path],
@@ -156,11 +90,22 @@ def _run_teacher(
             {
                 "reference": str(reference),
                 "candidates": [
-                    {"name": name, "folder": str(folder), "out": str(out[name])}
-                    for name, folder in candidates.items()
+                    {
+                        "name": name,
+                        "folder": str(candidate.folder),
+                        "scheme": candidate.scheme,
+                        "group_size": candidate.group_size,
+                        "out": str(out[name]),
+                    }
+                    for name, candidate in candidates.items()
                 ],
                 "documents": [
-                    {"id": d.item.cluster, "ids": list(d.ids[:max_tokens])} for d in documents
+                    {
+                        "id": d.item.cluster,
+                        "tags": sorted(d.item.tags),
+                        "ids": list(d.ids[:max_tokens]),
+                    }
+                    for d in documents
                 ],
                 "device": device,
                 "dtype": dtype,

@@ -12,14 +12,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from quantgate.files import write_with
+from quantgate.files import sha256_of_file, sha256_of_json, write_with
+from quantgate.quality.healthy import make_healthy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,36 +37,57 @@ def main() -> None:
     device = request["device"]
     documents: list[dict[str, Any]] = request["documents"]
     dtype: str = request["dtype"]
-    reference = offline.load_model(Path(request["reference"]), device=device, dtype=dtype)
+    folder = Path(request["reference"])
+    reference = offline.load_model(folder, device=device, dtype=dtype)
     for candidate in request["candidates"]:
         started = time.perf_counter()
         model = offline.load_model(Path(candidate["folder"]), device=device, dtype=dtype)
+        twin = offline.load_model(folder, device=device, dtype=dtype)
+        make_healthy(twin.model, candidate["scheme"], group_size=candidate["group_size"])
         rows: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         for document in documents:
             ids = document["ids"]
-            compared = compare_logits(
-                offline.logits(reference, ids), offline.logits(model, ids), ids
-            )
+            expected = offline.logits(reference, ids)
+            compared = compare_logits(expected, offline.logits(model, ids), ids)
+            healthy = compare_logits(expected, offline.logits(twin, ids), ids)
+            compared["healthy_kl_nats"] = healthy["kl_nats"]
             count = len(ids) - 1
             rows["document"] += [document["id"]] * count
+            rows["tags"] += [document["tags"]] * count
             rows["position"] += range(1, count + 1)
             for name, values in compared.items():
                 rows[name] += values.tolist()
-        write_with(Path(candidate["out"]), partial(pq.write_table, pa.table(rows)))
+        write_with(Path(candidate["out"]), partial(pq.write_table, pa.table(rows, SCHEMA)))
         seconds = time.perf_counter() - started
         print(f"{candidate['name']}: {len(rows['position'])} tokens in {seconds:.1f} s", flush=True)
-        del model
+        del model, twin
 
 
-COLUMNS = (
-    "document",
-    "position",
-    "kl_nats",
-    "is_top1_equal",
-    "reference_nll_nats",
-    "candidate_nll_nats",
-    "is_finite",
+SCHEMA = pa.schema(
+    {
+        "document": pa.string(),
+        "tags": pa.list_(pa.string()),
+        "position": pa.int32(),
+        "kl_nats": pa.float64(),
+        "healthy_kl_nats": pa.float64(),
+        "is_top1_equal": pa.bool_(),
+        "reference_margin": pa.float64(),
+        "reference_nll_nats": pa.float64(),
+        "candidate_nll_nats": pa.float64(),
+        "is_finite": pa.bool_(),
+    }
 )
+"""`position` is that of the predicted token; `reference_margin` is the probability of the
+reference's first choice less that of its second; `healthy_kl_nats` is the healthy twin's KL."""
+COLUMNS = tuple(SCHEMA.names)
+
+
+@cache
+def teacher_sha256() -> str:
+    """The version of what is compared, and how: the digest of its code."""
+    return sha256_of_json(
+        [sha256_of_file(Path(__file__)), sha256_of_file(Path(__file__).with_name("healthy.py"))]
+    )
 
 
 def compare_logits(reference: Tensor, candidate: Tensor, ids: list[int]) -> dict[str, Tensor]:
@@ -100,6 +122,8 @@ def compare_logits(reference: Tensor, candidate: Tensor, ids: list[int]) -> dict
         "reference_nll_nats": -p.gather(1, next_ids).squeeze(1),
         "candidate_nll_nats": -q.gather(1, next_ids).squeeze(1),
     }
+    top = p.exp().topk(min(2, p.shape[-1]), dim=-1).values
+    columns["reference_margin"] = top[:, 0] - top[:, -1]
     zero = torch.zeros_like(kl)
     cleaned = {name: torch.where(is_finite, value, zero) for name, value in columns.items()}
     return cleaned | {

@@ -72,7 +72,7 @@ clusters without any difference prove about 3 / m, never zero."""
 
 def ratio_interval(
     totals: Sequence[float],
-    counts: Sequence[int],
+    counts: Sequence[float],
     *,
     confidence: float,
     support: Support = UNBOUNDED,
@@ -82,7 +82,7 @@ def ratio_interval(
     Unbounded clusters that all have the same ratio give an interval of width zero.
 
     Args:
-        totals, counts: per cluster; at least 2 of each, counts at least 1.
+        totals, counts: per cluster; at least 2 of each. Counts are sizes, and not all 0.
     """
     clusters = _Clusters.of(totals, counts)
     upper = _upper_bound(clusters, support, confidence=confidence)
@@ -90,15 +90,15 @@ def ratio_interval(
     return Interval(min(lower, clusters.ratio), clusters.ratio, max(upper, clusters.ratio))
 
 
-def num_effective(counts: Sequence[int]) -> float:
+def num_effective(counts: Sequence[float]) -> float:
     """As many clusters of equal size weigh as much as these: (sum n)^2 / sum n^2.
 
     Source: Kish, Survey Sampling (1965), 11.7.
     """
-    return sum(counts) ** 2 / math.fsum(count**2 for count in counts)
+    return math.fsum(counts) ** 2 / math.fsum(count**2 for count in counts)
 
 
-def standard_error(totals: Sequence[float], counts: Sequence[int]) -> float:
+def standard_error(totals: Sequence[float], counts: Sequence[float]) -> float:
     """Of the ratio of sums, by linearization (the delta method); needs at least 2 clusters.
 
     Source: Cochran, Sampling Techniques (1977), 6.19, without finite population correction.
@@ -112,7 +112,7 @@ def standard_error(totals: Sequence[float], counts: Sequence[int]) -> float:
 
 def required_clusters(
     totals: Sequence[float],
-    counts: Sequence[int],
+    counts: Sequence[float],
     *,
     limit: float,
     confidence: float,
@@ -142,7 +142,7 @@ def required_clusters(
 
 def smallest_detectable_effect(
     totals: Sequence[float],
-    counts: Sequence[int],
+    counts: Sequence[float],
     *,
     confidence: float,
     support: Support = UNBOUNDED,
@@ -201,10 +201,10 @@ class _Clusters:
     ratio: float
 
     @classmethod
-    def of(cls, totals: Sequence[float], counts: Sequence[int]) -> _Clusters:
+    def of(cls, totals: Sequence[float], counts: Sequence[float]) -> _Clusters:
         pairs = np.array([totals, counts], dtype=np.float64)
         different, repeats = np.unique(pairs, axis=1, return_counts=True)
-        ratio = math.fsum(totals) / sum(counts)
+        ratio = math.fsum(totals) / math.fsum(counts)
         return cls(different[0], different[1], repeats.astype(np.float64), len(counts), ratio)
 
     @property

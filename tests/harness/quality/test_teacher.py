@@ -78,4 +78,10 @@ def test_another_vocabulary_is_an_error_and_never_cut_to_fit(width: int) -> None
 
 def test_the_columns_are_those_that_are_stored() -> None:
     found = compare_logits(torch.zeros(3, 3), torch.zeros(3, 3), IDS)
-    assert {"document", "position", *found} == set(COLUMNS)
+    assert {"document", "tags", "position", "healthy_kl_nats", *found} == set(COLUMNS)
+
+
+def test_the_margin_is_between_the_first_two_choices_of_the_reference() -> None:
+    reference = logits([math.log(6.0), math.log(3.0), 0.0], [0.0, 0.0, 0.0])
+    found = compare_logits(reference, torch.zeros(3, 3), IDS)
+    assert found["reference_margin"].tolist() == pytest.approx([0.3, 0.0], abs=1e-6)
