@@ -24,7 +24,9 @@ _SMALLEST_SCALE = 1e-12
 
 
 def make_healthy(model: Any, scheme: Scheme, *, group_size: int) -> None:
-    """Rounds every Linear of a loaded transformers model in place, but not its output head.
+    """Rounds a loaded transformers model in place, as far as its scheme does.
+
+    A cast to BF16 rounds every parameter; the others every Linear but the output head.
 
     Args:
         group_size: inputs that share a scale, for GPTQ; all of a row where it does not divide it.
@@ -32,8 +34,12 @@ def make_healthy(model: Any, scheme: Scheme, *, group_size: int) -> None:
     import torch
 
     head = model.get_output_embeddings()
-    rounded = _rounding_of(scheme, group_size)
     with torch.no_grad():
+        if scheme == "bf16":
+            for parameter in model.parameters():
+                parameter.copy_(parameter.bfloat16())
+            return
+        rounded = _rounding_of(scheme, group_size)
         for module in model.modules():
             if not isinstance(module, torch.nn.Linear) or module is head:
                 continue
@@ -44,8 +50,6 @@ def make_healthy(model: Any, scheme: Scheme, *, group_size: int) -> None:
 
 def _rounding_of(scheme: Scheme, group_size: int) -> Callable[[Tensor], Tensor]:
     """[O, I] FP32 to [O, I] FP32, as stored and read again."""
-    if scheme == "bf16":
-        return lambda weight: weight.bfloat16().float()
     if scheme == "int8-bnb":
         return _round_rows
     if scheme == "int4-nf4":

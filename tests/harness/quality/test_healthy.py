@@ -46,7 +46,14 @@ def test_each_scheme_rounds_by_as_much_as_its_bits_say(
     assert low < relative_error(scheme) < high
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_cast_to_bf16_rounds_every_parameter() -> None:
+    model = small_model()
+    make_healthy(model, "bf16", group_size=64)
+    for value in model.parameters():
+        assert torch.equal(value, value.bfloat16().float())
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "bf16"])
 def test_embeddings_head_and_norms_stay_as_they_are(scheme: Scheme) -> None:
     before, after = small_model(), small_model()
     make_healthy(after, scheme, group_size=64)
