@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantgate_serve.linear import PackedLinear
+
 _log = logging.getLogger(__name__)
 _ONE_BY_ONE = "computes its weights anew in each step"
 
@@ -58,6 +60,8 @@ def kernel_of(module: Any, device: torch.device) -> Kernel | None:
     library = kind.__module__.split(".")[0]
     if kind is nn.Linear:
         return Kernel(f"torch Linear {_short(module.weight.dtype)}")
+    if kind is PackedLinear:
+        return Kernel("oneDNN packed Linear float32")
     if library == "bitsandbytes":
         return _of_bitsandbytes(module, device)
     if library == "gptqmodel":

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantgate_serve import sampling
+from quantgate_serve.attention.in_place import build_lookup, can_read_in_place
 from quantgate_serve.attention.interface import AttentionStep, DecodeGroup, PrefillSpan
 from quantgate_serve.constraints import Constraints
+from quantgate_serve.decoder import as_decoder
 from quantgate_serve.finite import check_finite
 from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.loading import LoadedModel
@@ -43,7 +45,9 @@ class Runner:
     """Computes steps. Keeps no state between them but the KV storage."""
 
     def __init__(self, loaded: LoadedModel, kv: KVStorage) -> None:
-        self._model = loaded.model
+        self._decoder = as_decoder(loaded.model)
+        self._num_heads = int(loaded.model.config.get_text_config().num_attention_heads)
+        self._reads_in_place = can_read_in_place(kv)
         self._device = loaded.device
         self._kv = kv
         self.clock = ModelClock(loaded.device)
@@ -97,19 +101,12 @@ class Runner:
             ]
         )
         step = self._attention_step(decodes, prefills, starts, positions)
-        input_ids = self._to_device(torch.tensor([ids]))
-        position_ids = self._to_device(torch.from_numpy(positions).unsqueeze(0))
-        logits_to_keep = self._to_device(torch.tensor(rows or [0]))
+        input_ids = self._to_device(torch.tensor(ids))
+        position_ids = self._to_device(torch.from_numpy(positions))
+        rows_to_read = self._to_device(torch.tensor(rows or [0]))
         with self.clock:
-            output = self._model(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                use_cache=False,
-                logits_to_keep=logits_to_keep,
-                quantgate_step=step,
-            )
-        logits: Tensor = output.logits[0].float()
-        return logits
+            logits: Tensor = self._decoder(input_ids, position_ids, step, rows_to_read)
+        return logits.float()
 
     def _attention_step(
         self, decodes: list[Chunk], prefills: list[Chunk], starts: list[int], positions: Positions
@@ -152,11 +149,15 @@ class Runner:
         is_padding = np.arange(num_slots) >= lengths[:, None]
         bias = torch.zeros(is_padding.shape, dtype=self._kv.shape.dtype)
         bias.masked_fill_(torch.from_numpy(is_padding), float("-inf"))
+        lookup = None
+        if self._reads_in_place:
+            lookup = build_lookup(self._kv, rows, num_heads=self._num_heads)
         return DecodeGroup(
             start=start,
             count=len(decodes),
             page_rows=self._to_device(rows.reshape(-1)),
             bias=self._to_device(bias.repeat_interleave(heads, dim=0).unsqueeze(1)),
+            lookup=lookup,
         )
 
     def _span(self, chunk: Chunk, held: Positions, at: Positions, start: int) -> PrefillSpan:
@@ -180,31 +181,37 @@ class Runner:
         return tensor if self._device.type == "cpu" else tensor.to(self._device)
 
     def _read(self, ordered: list[Chunk], logits: Tensor) -> list[ChunkResult]:
-        results: list[ChunkResult] = []
+        prompts: list[list[TokenLogprob]] = []
+        sampled: list[Request] = []
+        sampled_rows: list[int] = []
         row = 0
-        sampled: list[tuple[int, int]] = []  # (index of the result, row of the logits)
         for chunk in ordered:
             targets = _prompt_targets(chunk)
-            prompt_logprobs = _read_prompt(chunk, targets, logits[row : row + len(targets)])
-            row += len(targets)
+            last = row + len(targets)
+            prompts.append(_read_prompt(chunk, targets, logits[row:last]) if targets else [])
+            row = last
             if _is_sampled(chunk):
-                sampled.append((len(results), row))
+                sampled.append(chunk.request)
+                sampled_rows.append(row)
                 row += 1
-            results.append(ChunkResult(chunk, None, None, prompt_logprobs))
         if not sampled:
-            return results
+            return [
+                ChunkResult(chunk, None, None, prompt)
+                for chunk, prompt in zip(ordered, prompts, strict=True)
+            ]
         if len(sampled) != logits.shape[0]:
-            logits = logits[[at for _, at in sampled]]
-        requests = [results[index].chunk.request for index, _ in sampled]
+            logits = logits[sampled_rows]
         tokens = sampling.choose_tokens(
-            self._constraints.mask(logits, requests),
-            [r.params for r in requests],
-            [r.num_output for r in requests],
+            self._constraints.mask(logits, sampled),
+            [r.params for r in sampled],
+            [r.num_output for r in sampled],
         )
-        logprobs = _read_logprobs(logits, tokens, requests)
-        for (index, _), token, logprob in zip(sampled, tokens, logprobs, strict=True):
-            old = results[index]
-            results[index] = ChunkResult(old.chunk, token, logprob, old.prompt_logprobs)
+        logprobs = _read_logprobs(logits, tokens, sampled)
+        chosen = iter(zip(tokens, logprobs, strict=True))
+        results = []
+        for chunk, prompt in zip(ordered, prompts, strict=True):
+            token, logprob = next(chosen) if _is_sampled(chunk) else (None, None)
+            results.append(ChunkResult(chunk, token, logprob, prompt))
         return results
 
 
@@ -252,8 +259,6 @@ def _prompt_targets(chunk: Chunk) -> range:
 
 
 def _read_prompt(chunk: Chunk, targets: range, logits: Tensor) -> list[TokenLogprob]:
-    if not targets:
-        return []
     num_top = chunk.request.params.num_logprobs or 0
     return sampling.token_logprobs(
         logits,

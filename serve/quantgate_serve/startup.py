@@ -1,6 +1,7 @@
 """Puts an engine together: sizes the KV pool, wires storage, scheduler and runner."""
 
 import logging
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from quantgate_serve.attention.decode_torch import (
     paged_decode_torch,
 )
 from quantgate_serve.attention.interface import ATTENTION_NAME, register
-from quantgate_serve.attention.torch_paged import paged_attention
+from quantgate_serve.attention.torch_paged import attend, paged_attention
 from quantgate_serve.ceilings import forget_buffers, measure_ceilings, measure_copy
 from quantgate_serve.config import ServerSettings
 from quantgate_serve.cuda_runner import CudaRunner
+from quantgate_serve.decoder import build_decoder
 from quantgate_serve.engine import Engine
 from quantgate_serve.graphs import capture_on_cuda
 from quantgate_serve.kernels import Kernel, log_kernels, read_kernels
@@ -41,19 +43,21 @@ _CPU_MAX_TOKENS = 32_768
 
 
 def load_for_serving(folder: Path, settings: ServerSettings) -> LoadedModel:
-    """Load the model with our attention registered."""
+    """Load the model with our attention registered, and on a CPU find the shortest way through."""
     # First: beside loaded weights its buffers could become the most memory ever held.
     measure_copy(choose_device(settings.device), torch.get_num_threads())
     register(paged_attention)
     AttentionInterface.register(cuda_paged.ATTENTION_NAME, cuda_paged.cuda_attention)
     is_cuda = choose_device(settings.device).type == "cuda"
-    return load(
+    loaded = load(
         folder,
         device=settings.device,
         dtype=settings.dtype,
         attention=cuda_paged.ATTENTION_NAME if is_cuda else ATTENTION_NAME,
         max_context=settings.max_context,
     )
+    # On CUDA the runner calls the model itself, in a form that can be recorded.
+    return loaded if is_cuda else replace(loaded, model=build_decoder(loaded.model, attend))
 
 
 def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from transformers import AttentionInterface
 
+from quantgate_serve.attention.in_place import SlotLookup
 from quantgate_serve.kv.storage import KVStorage
 
 ATTENTION_NAME = "quantgate_paged"
@@ -21,13 +22,15 @@ ATTENTION_NAME = "quantgate_paged"
 class DecodeGroup:
     """Sequences of similar length that attend with one new token each.
 
-    `page_rows` [B * K * P] says what to gather; `bias` [B * K, 1, L] is 0 or -inf.
+    `page_rows` [B * K * P] says what to gather; `bias` [B * K, 1, L] is 0 or -inf. `lookup` says
+    the same slot by slot, where attention can read keys and values in place.
     """
 
     start: int
     count: int
     page_rows: Tensor
     bias: Tensor
+    lookup: SlotLookup | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ class KVStorage:
         self, shape: KVShape, *, num_pages: int, page_size: int, device: torch.device
     ) -> None:
         self.shape = shape
+        self.device = device
         self.page_size = page_size
         self.num_pages = num_pages
         self.null_page = num_pages
@@ -53,6 +54,11 @@ class KVStorage:
         self._values_by_slot = [t.view(-1, shape.head_dim) for t in self.values]
 
     @property
+    def num_slots(self) -> int:
+        """(page, head, offset) triples of one layer, the null page's included."""
+        return (self.num_pages + 1) * self.shape.num_kv_heads * self.page_size
+
+    @property
     def num_bytes(self) -> int:
         return (self.num_pages + 1) * self.page_size * self.shape.bytes_per_token
 
@@ -66,6 +72,10 @@ class KVStorage:
         rows = torch.tensor(pages, device=self.keys[0].device)
         for tensor in (*self.keys, *self.values):
             tensor.index_fill_(0, rows, 0)
+
+    def by_slot(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values where they lie, [num_slots, D]."""
+        return self._keys_by_slot[layer], self._values_by_slot[layer]
 
     def gather(self, layer: int, page_rows: Tensor, *, num_sequences: int) -> tuple[Tensor, Tensor]:
         """Contiguous keys and values [num_sequences * KV heads, L, D] of the pages in `page_rows`.

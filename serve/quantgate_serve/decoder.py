@@ -1,0 +1,219 @@
+"""From the tokens of a step to logits: through transformers' own forward, or a shorter way.
+
+`ShortDecoder` computes what a Llama-like layer computes, with a third of the calls: query, key and
+value in one product, one rotation for both, norms of four operations. It takes the weights (also
+quantized Linears, as they are) out of the loaded model. Every other model goes through its own
+forward.
+
+Shapes: T tokens of the step, R rows to read, C hidden size, N query heads, K key heads, D head dim.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+from quantgate_serve import linear
+from quantgate_serve.attention.interface import AttentionStep
+
+# Layers whose computation is exactly the one written here.
+_SHORT = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
+
+# (step, layer, query [T, N, D], key [T, K, D], value [T, K, D], scale) -> [T, N, D]
+Attend = Callable[[AttentionStep, int, Tensor, Tensor, Tensor, float], Tensor]
+
+
+class WholeDecoder(nn.Module):
+    """The model's own forward; its attention is reached by the name it was loaded with."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+
+    def forward(self, ids: Tensor, positions: Tensor, step: AttentionStep, rows: Tensor) -> Tensor:
+        """Logits [R, V] after the tokens `rows` of `ids` [T]."""
+        output = self.model(
+            input_ids=ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            logits_to_keep=rows,
+            quantgate_step=step,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def get_input_embeddings(self) -> Any:
+        return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        return self.model.get_output_embeddings()
+
+
+class ShortDecoder(nn.Module):
+    """A Llama-like decoder. `model` is taken apart and of no use afterwards."""
+
+    def __init__(self, model: Any, attend: Attend) -> None:
+        super().__init__()
+        base = model.model
+        self.config = model.config
+        self.embed_tokens = base.embed_tokens
+        self.rotary = base.rotary_emb
+        self.layers = nn.ModuleList()
+        for index in range(len(base.layers)):
+            self.layers.append(ShortLayer(base.layers[index], index, attend))
+            base.layers[index] = nn.Identity()  # frees what was packed, before the next is
+        self._forwards = [layer.forward for layer in self.layers]
+        self.norm = _norm(base.norm)
+        self.lm_head = linear.prepare(model.lm_head)
+
+    def forward(self, ids: Tensor, positions: Tensor, step: AttentionStep, rows: Tensor) -> Tensor:
+        """Logits [R, V] after the tokens `rows` of `ids` [T]."""
+        hidden = self.embed_tokens(ids)
+        cos, sin = self.rotary(hidden, positions.unsqueeze(0))
+        half = cos.shape[-1] // 2
+        rotation = Rotation(cos[0, :, None, :half], sin[0, :, None, :half])
+        # forward() itself: a module's call looks for hooks, and there are 40 calls in a step.
+        for layer in self._forwards:
+            hidden = layer(hidden, rotation, step)
+        logits: Tensor = self.lm_head(self.norm(hidden[rows]))
+        return logits
+
+    def get_input_embeddings(self) -> nn.Module:
+        module: nn.Module = self.embed_tokens
+        return module
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+
+class ShortLayer(nn.Module):
+    """Attention and MLP of one layer over x [T, C]."""
+
+    def __init__(self, layer: Any, index: int, attend: Attend) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self.index = index
+        self.attend = attend
+        self.head_dim = int(attention.head_dim)
+        self.scale = float(attention.scaling)
+        self.num_heads = int(attention.config.num_attention_heads)
+        self.num_rotated = self.num_heads + int(attention.config.num_key_value_heads)
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        # Rotation pairs channel i with i + D / 2. Where rows can be moved, each pair is put side by
+        # side: then it is one complex number, and a rotation one product.
+        self.is_paired = all(linear.is_plain(projection) for projection in projections)
+        if self.is_paired:
+            orders = [_pairing(p.weight.shape[0], self.head_dim) for p in projections[:2]]
+            self.qkv = linear.join(projections, [*orders, None])
+        else:
+            self.qkv = linear.SideBySide(projections)
+        del attention.q_proj, attention.k_proj, attention.v_proj, projections
+        self.o_proj = linear.prepare(attention.o_proj)
+        self.gate_proj = linear.prepare(mlp.gate_proj)
+        self.up_proj = linear.prepare(mlp.up_proj)
+        self.down_proj = linear.prepare(mlp.down_proj)
+        self.input_norm = _norm(layer.input_layernorm)
+        self.post_attention_norm = _norm(layer.post_attention_layernorm)
+        self._input_norm = self.input_norm.forward
+        self._qkv = self.qkv.forward
+        self._o_proj = self.o_proj.forward
+        self._post_attention_norm = self.post_attention_norm.forward
+        self._down_proj = self.down_proj.forward
+
+    def forward(self, hidden: Tensor, rotation: "Rotation", step: AttentionStep) -> Tensor:
+        """Changes `hidden` [T, C] in place, and returns it."""
+        x = self._input_norm(hidden)
+        heads = self._qkv(x).view(len(hidden), -1, self.head_dim)
+        rotated, value = heads[:, : self.num_rotated], heads[:, self.num_rotated :]
+        if self.is_paired:
+            rotated = rotation.of_pairs(rotated)
+        else:
+            rotated = rotation.of_halves(rotated)
+        query, key = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
+        mixed = self.attend(step, self.index, query, key, value, self.scale)
+        hidden += self._o_proj(mixed.reshape(len(hidden), -1))
+        x = self._post_attention_norm(hidden)
+        hidden += self._down_proj(linear.silu_gate(self.gate_proj, self.up_proj, x))
+        return hidden
+
+
+class Rotation:
+    """The rotary position of each token of a step: cos and sin are [T, 1, D / 2]."""
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self._cos, self._sin = cos, sin
+        self._complex: Tensor | None = None
+
+    def of_pairs(self, x: Tensor) -> Tensor:
+        """Rotates channels (0, 1), (2, 3), … of x [T, heads, D], in place."""
+        if x.dtype != torch.float32:
+            first, second = x[..., 0::2], x[..., 1::2]
+            return torch.stack(self._rotate(first, second), dim=-1).flatten(-2)
+        if self._complex is None:
+            self._complex = torch.complex(self._cos, self._sin)
+        torch.view_as_complex(x.view(*x.shape[:-1], -1, 2)).mul_(self._complex)
+        return x
+
+    def of_halves(self, x: Tensor) -> Tensor:
+        """Rotates channels (0, D/2), (1, D/2 + 1), … of x [T, heads, D]."""
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat(self._rotate(first, second), dim=-1)
+
+    def _rotate(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self._cos, self._sin
+        return first * cos - second * sin, second * cos + first * sin
+
+
+class ShortNorm(nn.Module):
+    """RMS norm in FP32: four operations, two of them over a single column."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self._share = 1 / len(weight)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self._eps = torch.tensor(eps, device=weight.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.addcmul(self._eps, length, length, value=self._share).rsqrt_()
+        return (x * scale).mul_(self.weight)
+
+
+def build_decoder(model: Any, attend: Attend) -> nn.Module:
+    """The shortest way through `model` that is known; `model` is not to be used afterwards."""
+    if _is_short(model):
+        return ShortDecoder(model, attend)
+    linear.prepare_all(model)
+    return WholeDecoder(model)
+
+
+def as_decoder(model: Any) -> nn.Module:
+    """`model` if it is a decoder of this file, else its own forward, the model left whole."""
+    return model if isinstance(model, ShortDecoder | WholeDecoder) else WholeDecoder(model)
+
+
+def _is_short(model: Any) -> bool:
+    layers = getattr(getattr(model, "model", None), "layers", None) or ()
+    return (
+        len(layers) > 0
+        and all(type(layer) in _SHORT for layer in layers)
+        and model.config.hidden_act == "silu"
+    )
+
+
+def _norm(norm: Any) -> nn.Module:
+    if norm.weight.dtype != torch.float32:
+        module: nn.Module = norm
+        return module
+    return ShortNorm(norm.weight.detach(), norm.variance_epsilon)
+
+
+def _pairing(num_rows: int, head_dim: int) -> Tensor:
+    """The order of a projection's rows that puts channel i beside i + D / 2 in every head."""
+    order = torch.arange(num_rows).view(-1, 2, head_dim // 2)
+    return order.transpose(1, 2).reshape(-1)
