@@ -54,3 +54,55 @@ def golden_check(
         typer.echo(f"{folder}: differs from its lock in {', '.join(changes)}", err=True)
         raise typer.Exit(3)
     typer.echo(f"{folder}: {len(golden.items)} items, unchanged")
+
+
+@golden_app.command("stats")
+def golden_stats(
+    folder: Annotated[Path, typer.Argument(help="Golden set, golden_sets/<name>.")],
+    margin: Annotated[float, typer.Option(help="The drop to be shown, in pt.", min=0.01)] = 2.0,
+    confidence: Annotated[float, typer.Option(help="Of one tail.", min=0.51, max=0.999)] = 0.95,
+    power: Annotated[float, typer.Option(help="Of passing without a drop.", max=0.999)] = 0.8,
+) -> None:
+    """Say which margin a golden set can resolve, and how many items are missing for one.
+
+    Example: quantgate golden stats golden_sets/order-extract --margin 2
+    """
+    from collections import Counter
+
+    from quantgate.quality.golden import load_golden_set
+    from quantgate.quality.scoring import BINARY_SCORERS
+    from quantgate.statistics import binomial, clusters, noninferiority
+
+    golden = load_golden_set(folder)
+    n, share = len(golden.items), margin / 100
+    sizes = list(Counter(item.cluster for item in golden.items).values())
+    typer.echo(f"{golden.name}: {n:,} items in {len(sizes):,} clusters")
+    for tag, count in sorted(golden.tag_counts().items()):
+        typer.echo(f"  {tag}: {count:,} items")
+    for spec in golden.task.metric_list:
+        typer.echo(f"{spec.metric}, {confidence:.3g} confidence, {power:.3g} power:")
+        if spec.metric in BINARY_SCORERS:
+            for flips in (0.01, 0.02, 0.05, 0.1):
+                found = noninferiority.resolvable_margin(
+                    flips, n, confidence=confidence, power=power
+                )
+                needed = noninferiority.planned_items(
+                    flips, share, confidence=confidence, power=power
+                )
+                typer.echo(
+                    f"  {flips:.0%} of items differ: resolves {100 * found:.2f} pt; "
+                    f"{margin:g} pt needs {needed:,} items, {_missing(needed - n)}"
+                )
+        else:
+            effective = clusters.num_effective(sizes)
+            best = binomial.upper_bound(0, effective, confidence=confidence)
+            needed = binomial.trials_without_event(share, confidence=confidence)
+            typer.echo(
+                f"  without any difference: resolves {100 * best:.2f} pt; {margin:g} pt needs "
+                f"{needed:,} equal clusters, and these weigh like {effective:.0f}; "
+                f"{_missing(needed - int(effective))}"
+            )
+
+
+def _missing(count: int) -> str:
+    return "none missing" if count <= 0 else f"{count:,} missing"

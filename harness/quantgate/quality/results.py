@@ -20,6 +20,7 @@ from quantgate.quality.answers import Answer
 from quantgate.quality.golden import GoldenSet, ValidityCheck
 from quantgate.quality.scoring import BINARY_SCORERS, score_items
 from quantgate.quality.validity import is_valid
+from quantgate.units import slice_of_tag
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
@@ -96,7 +97,7 @@ def accuracy_by_scorer(path: Path) -> dict[str, float]:
 def reduce_golden_set(
     golden: GoldenSet, reference: Path, candidate: Path, *, source: str
 ) -> list[Measurement]:
-    """Pairs two variants' results item by item.
+    """Pairs two variants' results item by item: over all items, and over those with each tag.
 
     Raises:
         MeasurementError: the two files do not hold the same items.
@@ -112,15 +113,21 @@ def reduce_golden_set(
         )
         return [Missing(metric=m, reason=reason, source=source) for m in metrics_of(golden)]
     measurements: list[Measurement] = []
+    slices = [{slice_of_tag(tag) for tag in item.tags} for item in golden.items]
+    parts = [("", np.ones(len(ours), dtype=np.bool_))] + [
+        (f".{name}", np.array([name in found for found in slices]))
+        for name in sorted(set().union(*slices))
+    ]
+    clusters = np.asarray(ours["cluster"].to_pylist())
     for spec in golden.task.metric_list:
         column = SCORE + spec.metric
-        metric = f"quality/{golden.name}.{spec.metric}"
-        pair = theirs[column].to_numpy(), ours[column].to_numpy()
-        if spec.metric in BINARY_SCORERS:
-            measurements.append(_paired_binary(metric, *pair, source=source))
-        else:
-            clusters = np.asarray(ours["cluster"].to_pylist())
-            measurements.append(_paired_scores(metric, *pair, clusters, source=source))
+        for part, chosen in parts:
+            metric = f"quality/{golden.name}{part}.{spec.metric}"
+            pair = theirs[column].to_numpy()[chosen], ours[column].to_numpy()[chosen]
+            if spec.metric in BINARY_SCORERS:
+                measurements.append(_paired_binary(metric, *pair, source=source))
+            else:
+                measurements.append(_paired_scores(metric, *pair, clusters[chosen], source=source))
     for name in check_names(golden.task.validity):
         measurements.append(
             _new_failures(

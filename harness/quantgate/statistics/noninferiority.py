@@ -76,6 +76,20 @@ def planned_items(
     return math.ceil((root / margin) ** 2)
 
 
+def resolvable_margin(
+    discordance: float, items: int, *, confidence: float, power: float = POWER
+) -> float:
+    """The smallest margin that so many items are planned to show, at most 1."""
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if planned_items(discordance, middle, confidence=confidence, power=power) > items:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
 def required_items(
     reference_only: int, candidate_only: int, n: int, *, margin: float, confidence: float
 ) -> int | None:

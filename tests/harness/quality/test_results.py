@@ -170,3 +170,23 @@ def test_errors_and_accuracy_are_counted_over_all_items(golden: GoldenSet, tmp_p
 def test_a_set_that_was_not_measured_says_so_of_every_metric(golden: GoldenSet) -> None:
     missing = missing_golden_set(golden, "the server died")
     assert [m.metric for m in missing] == metrics_of(golden)
+
+
+def test_items_with_a_tag_are_a_slice_of_their_own(
+    write_set: WriteSet, text_task: dict[str, Any], tmp_path: Path
+) -> None:
+    lines: list[dict[str, Any]] = [
+        {"id": f"i{n}", "input": "q", "target": str(n), "tags": ["noise:typo"] if n < 2 else []}
+        for n in range(5)
+    ]
+    tagged = load_golden_set(write_set(*lines, task=text_task))
+    for name, outputs in (("r", "01234"), ("c", "0x234")):
+        write_results(tmp_path / f"{name}.parquet", tagged, answers(tagged, list(outputs)))
+    reduced = reduce_golden_set(
+        tagged, tmp_path / "r.parquet", tmp_path / "c.parquet", source="c.parquet"
+    )
+    found = {m.metric: (m.n, m.reference_only) for m in reduced if isinstance(m, PairedBinary)}
+    assert found == {
+        "quality/small.exact_match": (5, 1),
+        "quality/small.tag-noise-typo.exact_match": (2, 1),
+    }

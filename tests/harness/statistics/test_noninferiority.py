@@ -177,6 +177,13 @@ def test_the_planned_items_make_the_margin_about_the_smallest_detectable_drop() 
     assert detectable == pytest.approx(0.02, rel=0.05)
 
 
+@pytest.mark.parametrize("discordance", [0.01, 0.05, 0.2])
+def test_the_resolvable_margin_is_the_one_that_takes_all_items(discordance: float) -> None:
+    margin = ni.resolvable_margin(discordance, 480, confidence=0.95)
+    assert ni.planned_items(discordance, margin * 1.0001, confidence=0.95) <= 480
+    assert ni.planned_items(discordance, margin * 0.999, confidence=0.95) >= 480
+
+
 def test_without_discordant_items_the_detectable_drop_is_not_zero() -> None:
     assert ni.smallest_detectable_drop(0, 0, 400, confidence=0.95) > 0.005
 
