@@ -23,7 +23,7 @@ STYLES = {
 def release_report(decisions: Sequence[Decision], *, run: str) -> RenderableType:
     """Everything a release prints at its end; `run` is the release folder as a person types it."""
     return Group(
-        verdict_table(decision.verdicts for decision in decisions),
+        verdict_table((decision.verdicts for decision in decisions), folds_audit=True),
         Text(),
         *(decision_line(decision) for decision in decisions),
         Text(),
@@ -47,8 +47,12 @@ def audit_report(judged: Sequence[JudgedAudit]) -> RenderableType:
     return Group(verdict_table(one.verdicts for one in judged), Text(), *lines)
 
 
-def verdict_table(groups: Iterable[Sequence[Verdict]]) -> Table:
-    """A section per variant: its verdicts in the order of the policy."""
+def verdict_table(groups: Iterable[Sequence[Verdict]], *, folds_audit: bool = False) -> Table:
+    """A section per variant: its verdicts in the order of the policy.
+
+    Args:
+        folds_audit: one row for all audit gates that pass; the others have a row each.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("Variant", no_wrap=True)
     table.add_column("Gate", no_wrap=True)
@@ -59,7 +63,17 @@ def verdict_table(groups: Iterable[Sequence[Verdict]]) -> Table:
     table.add_column("n", justify="right")
     table.add_column("Note", ratio=1)
     for verdicts in groups:
-        for position, verdict in enumerate(verdicts):
+        folded = [verdict for verdict in verdicts if folds_audit and _is_sound_audit(verdict)]
+        if folded:
+            table.add_row(
+                escape(folded[0].variant),
+                "audit",
+                Text(Outcome.PASS, style=STYLES[Outcome.PASS]),
+                *("–", "–", "–", "–"),
+                f"{len(folded)} gates on the stored weights pass",
+            )
+        shown = [verdict for verdict in verdicts if verdict not in folded]
+        for position, verdict in enumerate(shown, start=bool(folded)):
             table.add_row(
                 escape(verdict.variant) if position == 0 else "",
                 escape(verdict.gate_id),
@@ -72,6 +86,10 @@ def verdict_table(groups: Iterable[Sequence[Verdict]]) -> Table:
             )
         table.add_section()
     return table
+
+
+def _is_sound_audit(verdict: Verdict) -> bool:
+    return verdict.metric.startswith("audit/") and verdict.outcome is Outcome.PASS
 
 
 def note(verdict: Verdict) -> str:

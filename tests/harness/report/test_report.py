@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -14,7 +15,7 @@ from quantgate.policy import Policy, load_policy
 from quantgate.report.junit import junit_xml
 from quantgate.report.summary import gate_annotations, step_summary
 from quantgate.report.table import next_step, release_report
-from quantgate.verdict import Decision, judge_release
+from quantgate.verdict import Decision, Outcome, judge_release
 
 GATES = Path(__file__).parents[2] / "gates"
 
@@ -40,6 +41,25 @@ def test_the_table_has_a_line_per_verdict_a_decision_per_variant_and_the_next_co
     assert "APPROVED bf16 all 3 gates pass" in lines
     assert "not approved int8 errors is INCONCLUSIVE; oom is INVALID" in lines
     assert "Next: quantgate promote runs/r1 --variant bf16" in lines
+
+
+def test_audit_gates_that_pass_share_a_row_and_the_others_have_their_own() -> None:
+    _, (bf16, _) = judged("passes")
+    one = bf16.verdicts[0]
+    audits = [
+        dataclasses.replace(one, gate_id=name, metric=f"audit/{name}_difference.count", **changes)
+        for name, changes in (
+            ("coverage", {}),
+            ("file", {}),
+            ("format", {"outcome": Outcome.FAIL, "test": "limit", "reason": "q_proj: 5 groups"}),
+        )
+    ]
+    text = printed((Decision(variant="bf16", verdicts=(*audits, one)),))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "bf16 audit PASS – – – – 2 gates on the stored weights pass" in lines
+    assert any(line.startswith("format FAIL") and "q_proj: 5 groups" in line for line in lines)
+    assert not any(line.startswith(("coverage", "file")) for line in lines)
+    assert any(line.startswith(f"{one.gate_id} {one.outcome}") for line in lines)
 
 
 def test_brackets_in_names_are_not_markup() -> None:
