@@ -20,14 +20,15 @@ from quantgate.errors import MeasurementError
 from quantgate.gate import Gate
 from quantgate.measure import Measurement, Missing
 from quantgate.plan import Plan
-from quantgate.quality.distribution import METRICS, compare_with_reference, reduce_distribution
+from quantgate.quality.distribution import Candidate, compare_with_reference
+from quantgate.quality.distribution_results import METRICS, reduce_distribution
 from quantgate.quality.rendering import Renderer
 from quantgate.quality.results import missing_golden_set, reduce_golden_set
 from quantgate.quality.stage import QualityResult, ServedModel, measure_quality
 from quantgate.server_pool import ServerPool
 from quantgate.units import parse_metric
 from quantgate.variants.build import Variant
-from quantgate.variants.scheme import CALIBRATED_SCHEMES
+from quantgate.variants.scheme import CALIBRATED_SCHEMES, DEFAULT_GROUP_SIZE
 
 AUDIT, DISTRIBUTION, BEHAVIOUR = "audit", "distribution", "behaviour"
 LAYERS = (AUDIT, DISTRIBUTION, BEHAVIOUR)
@@ -96,7 +97,7 @@ def distribution_layer(
 
     failures = compare_with_reference(
         reference,
-        {key: variant.folder for key, variant in models.items()},
+        {key: _candidate(plan, variant) for key, variant in models.items()},
         [document for document in rendered if min(len(document.ids), max_tokens) >= 2],
         out=paths,
         log=folder / "distribution.log",
@@ -115,6 +116,15 @@ def distribution_layer(
             found = reduce_distribution(path, source=path.name)
         measured[key] = Measured(measurements=found, seconds=clock.laps.get(key, 0.0))
     return measured
+
+
+def _candidate(plan: Plan, variant: Variant) -> Candidate:
+    spec = plan.policy.variants[variant.name]
+    return Candidate(
+        folder=variant.folder,
+        scheme=spec.scheme,
+        group_size=spec.group_size or DEFAULT_GROUP_SIZE,
+    )
 
 
 def ask(
