@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantgate.files import write_json
-from quantgate.gate import Scheme
 from quantgate.quality.rendering import RenderedPrompt
 from quantgate.server import last_lines
 
@@ -24,7 +23,7 @@ class Candidate:
     """A model to compare; scheme and group size say what its healthy twin is."""
 
     folder: Path
-    scheme: Scheme
+    scheme: str
     group_size: int
 
 

@@ -12,23 +12,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from quantgate.gate import Scheme
-
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+_GPTQ_BITS = {"int8-gptq": 8, "int4-gptq": 4}
 _NF4_BLOCK = 64
 _OUTLIER = 6.0
 _LARGEST_INT8 = 127
 _SMALLEST_SCALE = 1e-12
 
 
-def make_healthy(model: Any, scheme: Scheme, *, group_size: int) -> None:
+def make_healthy(model: Any, scheme: str, *, group_size: int) -> None:
     """Rounds a loaded transformers model in place, as far as its scheme does.
 
     A cast to BF16 rounds every parameter; the others every Linear but the output head.
 
     Args:
+        scheme: one of the schemes; any other is a ValueError.
         group_size: inputs that share a scale, for GPTQ; all of a row where it does not divide it.
     """
     import torch
@@ -48,14 +48,15 @@ def make_healthy(model: Any, scheme: Scheme, *, group_size: int) -> None:
                 module.register_forward_pre_hook(_round_inputs)
 
 
-def _rounding_of(scheme: Scheme, group_size: int) -> Callable[[Tensor], Tensor]:
+def _rounding_of(scheme: str, group_size: int) -> Callable[[Tensor], Tensor]:
     """[O, I] FP32 to [O, I] FP32, as stored and read again."""
     if scheme == "int8-bnb":
         return _round_rows
     if scheme == "int4-nf4":
         return _round_nf4
-    bits = 8 if scheme == "int8-gptq" else 4
-    return lambda weight: _round_symmetric(weight, bits, group_size)
+    if scheme in _GPTQ_BITS:
+        return lambda weight: _round_symmetric(weight, _GPTQ_BITS[scheme], group_size)
+    raise ValueError(f"no healthy twin for scheme {scheme!r}")
 
 
 def _round_rows(values: Tensor) -> Tensor:

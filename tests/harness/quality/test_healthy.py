@@ -87,3 +87,8 @@ def test_inputs_of_llm_int8_are_rounded_but_for_columns_with_an_outlier() -> Non
     assert seen[:, 2].tolist() == pytest.approx([7.7777, 1.2345])
     assert float(seen[0, 1]) == pytest.approx(round(0.3333 * 127) / 127)
     assert float(seen[1, 1]) == pytest.approx(round(0.1111 / 0.5 * 127) * 0.5 / 127)
+
+
+def test_a_scheme_without_a_twin_is_an_error_and_not_left_unrounded() -> None:
+    with pytest.raises(ValueError, match="no healthy twin for scheme 'int3'"):
+        make_healthy(small_model(), "int3", group_size=64)
