@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     # spins on: beside one busy process on two cores a 5 M Llama then made 120 tok/s with two
     # threads, instead of 470 to 2,200 (and about 2,000 with one).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    # oneDNN keeps its code for each number of rows and each shape, 1,024 of them by default: half a
+    # megabyte each. A step needs six shapes at one number of rows; making one anew takes 50 us.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     # transformers logs progress bars and hub lookups; a server does neither.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
