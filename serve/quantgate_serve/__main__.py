@@ -88,7 +88,6 @@ async def _serve(
         ModelRefusedError: the engine cannot serve this model.
         EngineStoppedError: it died while loading, or too often.
     """
-    from quantgate_serve.channel import Loaded
     from quantgate_serve.client import EngineClient
     from quantgate_serve.engine_child import EngineThread, launch_process
     from quantgate_serve.http.admin import add_admin_routes
@@ -125,13 +124,8 @@ async def _serve(
             metrics_compat=settings.metrics_compat,
         )
 
-        def switch(vocabulary: Vocabulary, loaded: Loaded) -> None:
-            service.vocabulary = vocabulary
-            service.vocab_size, service.eos_ids = loaded.vocab_size, loaded.eos_ids
-            engine.front.slo_baselines = dict(engine.settings.slo)
-
         reload = Reload(
-            engine, lambda: _settings(arguments), on_switch=switch, watched=arguments.config
+            engine, lambda: _settings(arguments), on_switch=service.switch, watched=arguments.config
         )
         app = build_app(service)
         add_admin_routes(app, service, reload)

@@ -27,7 +27,7 @@ _READ_BYTES = 1 << 18
 
 # The engine has no use for these, and token_ids is prompt_ids until there is output.
 _FRONT_ONLY = ("listener", "text", "tokenized_ns", "queued_ns", "operation", "traceparent")
-_ENGINE_ONLY = ("token_ids", "pages", "num_computed", "logprobs", "prompt_logprobs")
+_ENGINE_ONLY = ("token_ids", "pages", "num_computed", "logprobs", "prompt_logprobs", "hidden_sum")
 ASKED = tuple(f.name for f in fields(Request) if f.init and f.name not in _FRONT_ONLY)
 PROGRESS = tuple(f.name for f in fields(Request) if not f.init and f.name not in _ENGINE_ONLY)
 

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter_ns
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from quantgate_serve.admission import Admission, AdmissionLimits
 from quantgate_serve.finite import NonFiniteLogitsError
@@ -213,10 +215,13 @@ class Engine:
             request = result.chunk.request
             self._scheduler.commit(result.chunk)
             request.prompt_logprobs += result.prompt_logprobs
+            if result.hidden_sum is not None:
+                _add_hidden(request, result.chunk.start, result.hidden_sum)
             if result.token_id is not None:
                 self._append(request, result, now)
             elif request.num_uncomputed == 0:  # max_tokens=0 asks for the prompt only
                 request.first_token_ns = now
+                request.embedding = _embedding(request)
                 self._finish(request, FinishReason.LENGTH)
 
     def _append(self, request: Request, result: ChunkResult, now: int) -> None:
@@ -312,3 +317,18 @@ def _warm_up_request(length: int) -> Request:
     return Request(
         prompt_ids=[0] * max(1, length), params=SamplingParams(max_tokens=3, ignore_eos=True)
     )
+
+
+def _add_hidden(request: Request, start: int, hidden_sum: NDArray[np.float32]) -> None:
+    """Count a chunk in; one that starts at 0 begins anew, as after a preemption."""
+    before = None if start == 0 else request.hidden_sum
+    request.hidden_sum = hidden_sum if before is None else before + hidden_sum
+
+
+def _embedding(request: Request) -> tuple[float, ...] | None:
+    """The direction of the mean hidden state, as a vector of length 1."""
+    if request.hidden_sum is None:
+        return None
+    length = float(np.linalg.norm(request.hidden_sum))
+    scaled = request.hidden_sum / length if length > 0 else request.hidden_sum
+    return tuple(scaled.astype(np.float32).tolist())

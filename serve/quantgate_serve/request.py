@@ -9,6 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter_ns
 
+import numpy as np
+from numpy.typing import NDArray
+
 from quantgate_serve.detokenize import TextStream
 from quantgate_serve.kv.prefix import DEFAULT_ROOT
 
@@ -61,6 +64,8 @@ class SamplingParams:
     logprob_token_ids: tuple[int, ...] = ()
     # The text stays inside this grammar (see structured.py).
     grammar: str | None = None
+    # Asks for no token but for the mean of the last hidden states over the prompt.
+    embeds: bool = False
 
     @property
     def is_greedy(self) -> bool:
@@ -71,6 +76,11 @@ class SamplingParams:
     def is_cut(self) -> bool:
         """Whether the unlikely tokens are left out of a draw."""
         return self.top_p < 1.0 or self.top_k > 0
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Whether something is wanted of each prompt token, which a reused page does not have."""
+        return self.prompt_logprobs or self.embeds
 
     @property
     def wants_logprobs(self) -> bool:
@@ -146,6 +156,8 @@ class Request:
     pages: list[int] = field(init=False, default_factory=list)
     num_computed: int = field(init=False, default=0)
     logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
+    # Sum of the last hidden states of the prompt tokens computed so far, when `embeds`.
+    hidden_sum: NDArray[np.float32] | None = field(init=False, default=None)
     # Entry i belongs to prompt token i + 1; the first token has none.
     prompt_logprobs: list[TokenLogprob] = field(init=False, default_factory=list)
     state: RequestState = field(init=False, default=RequestState.WAITING)
@@ -156,6 +168,8 @@ class Request:
     level: Priority = field(init=False, default=Priority.NORMAL)
     seat: int = field(init=False, default=-1)
     num_served: int = field(init=False, default=0)
+    # Of length 1, in FP32.
+    embedding: tuple[float, ...] | None = field(init=False, default=None)
     finish_reason: FinishReason | None = field(init=False, default=None)
     error: RequestError | None = field(init=False, default=None)
     ended_by_eos: bool = field(init=False, default=False)

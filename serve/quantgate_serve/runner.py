@@ -5,7 +5,7 @@ keep them apart. Logits are computed only where a token or a log-probability is 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from quantgate_serve.attention.interface import AttentionStep, DecodeGroup, Pref
 from quantgate_serve.constraints import Constraints
 from quantgate_serve.decoder import as_decoder
 from quantgate_serve.finite import check_finite
+from quantgate_serve.hidden_states import HiddenStates
 from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.loading import LoadedModel
 from quantgate_serve.model_clock import ModelClock
@@ -39,6 +40,8 @@ class ChunkResult:
     token_id: int | None
     logprob: TokenLogprob | None
     prompt_logprobs: list[TokenLogprob]
+    # [H]: the last hidden states of its tokens, added up, for a request that embeds.
+    hidden_sum: NDArray[np.float32] | None = None
 
 
 class Runner:
@@ -55,6 +58,7 @@ class Runner:
         self._constraints = Constraints(
             loaded.tokenizer, vocab_size=loaded.vocab_size, eos_ids=loaded.eos_ids
         )
+        self._hidden_states = HiddenStates(loaded.model.get_output_embeddings())
         self.padded_pages = 0
         self.used_pages = 0
 
@@ -66,19 +70,37 @@ class Runner:
             NonFiniteLogitsError: of one of the requests at least.
         """
         decodes = sorted(
-            (chunk for chunk in plan if chunk.length == 1 and chunk.start > 0),
-            key=lambda chunk: chunk.start,
+            (chunk for chunk in plan if _is_decode(chunk)), key=lambda chunk: chunk.start
         )
-        prefills = [chunk for chunk in plan if chunk.length > 1 or chunk.start == 0]
+        prefills = [chunk for chunk in plan if not _is_decode(chunk)]
         ordered = decodes + prefills
         starts, rows = _rows_to_read(ordered)
+        embedded = _rows_to_embed(ordered, starts)
+        self._hidden_states.expect(len(embedded))
+        if embedded:
+            # The head is never without a row.
+            rows = (rows or [0]) + embedded
         logits = self._forward(ordered, decodes, prefills, starts, rows)
         check_finite(logits)
-        return self._read(ordered, logits)
+        results = self._read(ordered, logits)
+        return self._add_hidden_sums(results) if embedded else results
 
     def erase(self, pages: Sequence[int]) -> None:
         """Forget what `pages` hold: their next owner reads the slots that it has not written."""
         self._kv.erase(pages)
+
+    def _add_hidden_sums(self, results: list[ChunkResult]) -> list[ChunkResult]:
+        """`results` with the hidden states of those that embed, which lie one after another."""
+        hidden = self._hidden_states.take()
+        check_finite(hidden)
+        first, found = 0, []
+        for result in results:
+            if result.chunk.request.params.embeds:
+                end = first + result.chunk.length
+                result = replace(result, hidden_sum=hidden[first:end].sum(dim=0).cpu().numpy())
+                first = end
+            found.append(result)
+        return found
 
     def _forward(
         self,
@@ -243,6 +265,20 @@ def _rows_to_read(ordered: list[Chunk]) -> tuple[list[int], list[int]]:
         if _is_sampled(chunk):
             rows.append(row - 1)
     return starts, rows
+
+
+def _rows_to_embed(ordered: list[Chunk], starts: list[int]) -> list[int]:
+    return [
+        row
+        for chunk, start in zip(ordered, starts, strict=True)
+        if chunk.request.params.embeds
+        for row in range(start, start + chunk.length)
+    ]
+
+
+def _is_decode(chunk: Chunk) -> bool:
+    """One that embeds never is: all that a recorded decode step reads goes through the head."""
+    return chunk.length == 1 and chunk.start > 0 and not chunk.request.params.embeds
 
 
 def _is_sampled(chunk: Chunk) -> bool:

@@ -328,7 +328,7 @@ class Scheduler:
         """Pages for all tokens so far, reusing known prefixes; False when they do not fit now."""
         cached: list[int] = []
         # A reused page has no logits, so a request that wants its prompt's starts from nothing.
-        if self.prefix_cache is not None and not request.params.prompt_logprobs:
+        if self.prefix_cache is not None and not request.params.reads_whole_prompt:
             cached = self.prefix_cache.match(
                 request.token_ids, root=request.cache_root, owner=request.tenant
             )

@@ -59,7 +59,7 @@ def test_messages_are_the_same_however_their_bytes_are_cut(cuts: list[int]) -> N
 
 def test_every_field_of_a_request_is_asked_or_progress_or_stays_on_its_side() -> None:
     front = {"listener", "text", "tokenized_ns", "queued_ns", "operation", "traceparent"}
-    engine = {"token_ids", "pages", "num_computed", "logprobs", "prompt_logprobs"}
+    engine = {"token_ids", "pages", "num_computed", "logprobs", "prompt_logprobs", "hidden_sum"}
     stay = front | engine
     assert sorted([*ASKED, *PROGRESS, *stay]) == sorted(item.name for item in fields(Request))
 

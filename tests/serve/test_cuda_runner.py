@@ -127,6 +127,30 @@ def test_replayed_batches_of_every_size_give_the_tokens_of_generate(
     assert not any(tensor[null].any() for tensor in (*runner._kv.keys, *runner._kv.values))
 
 
+def test_embeddings_are_those_of_the_other_runner_and_leave_replayed_decodes_alone(
+    llama_folder: Path,
+    make_cuda: MakeCuda,
+    make_engine: Callable[..., Engine],
+    make_request: Callable[..., Request],
+    prompts: Callable[[int], list[list[int]]],
+    run_all: Callable[[Engine, list[Request]], None],
+    generate: Callable[..., list[int]],
+) -> None:
+    engine, runner = make_cuda(llama_folder)
+    runner.record_graphs(PLAIN, max_batch_size=16, capture=repeat_on_replay)
+    found, expected = (
+        [make_request(prompt, max_tokens=0, embeds=True) for prompt in prompts(6)] for _ in range(2)
+    )
+    texts = [make_request(prompt) for prompt in prompts(5)]
+    run_all(engine, [*texts[:3], *found, *texts[3:]])
+    run_all(make_engine(), expected)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(
+            torch.tensor(mine.embedding), torch.tensor(theirs.embedding), atol=5e-3, rtol=0
+        )  # BF16 here, FP32 there
+    assert engine.metrics.graph_hits
+
+
 def test_a_shared_prefix_reads_the_pages_of_another_request(
     llama_folder: Path,
     make_cuda: MakeCuda,

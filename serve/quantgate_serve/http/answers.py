@@ -116,6 +116,28 @@ class ChatAnswer(_Answer):
     timings: Timings
 
 
+class Embedding(_Answer):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str = Field(
+        description="A vector of length 1; with base64 its FP32 values, little endian."
+    )
+
+
+class EmbeddingUsage(_Answer):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingAnswer(_Answer):
+    """The answer to POST /v1/embeddings."""
+
+    object: Literal["list"]
+    model: str
+    data: list[Embedding]
+    usage: EmbeddingUsage
+
+
 class ModelCard(_Answer):
     id: str
     object: Literal["model"]
@@ -133,6 +155,7 @@ DESCRIBED: tuple[type[BaseModel], ...] = (
     ErrorAnswer,
     CompletionAnswer,
     ChatAnswer,
+    EmbeddingAnswer,
     ModelCard,
     ModelList,
 )

@@ -12,6 +12,7 @@ from quantgate_serve import exposition
 from quantgate_serve.http import debug, exchange, openapi, responses
 from quantgate_serve.http.chat import chat_completions
 from quantgate_serve.http.completions import completions
+from quantgate_serve.http.embeddings import embeddings
 from quantgate_serve.http.errors import ApiError
 from quantgate_serve.http.request_id import RequestIds
 from quantgate_serve.http.service import Service
@@ -81,6 +82,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
     for path, answer in (
         ("/v1/completions", completions),
         ("/v1/chat/completions", chat_completions),
+        ("/v1/embeddings", embeddings),
     ):
         app.post(path)(_route(service, answer))
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from quantgate_serve.http import answers
-from quantgate_serve.http.protocol import ChatBody, CompletionBody
+from quantgate_serve.http.protocol import ChatBody, CompletionBody, EmbeddingBody
 
 Json = dict[str, Any]
 _REF = "#/components/schemas/{model}"
@@ -42,6 +42,9 @@ def describe(*, needs_key: bool) -> Json:
             },
             "/v1/chat/completions": {
                 "post": _post("Answer messages", ChatBody, answers.ChatAnswer)
+            },
+            "/v1/embeddings": {
+                "post": _post("Embed texts", EmbeddingBody, answers.EmbeddingAnswer)
             },
             "/v1/models": {"get": _get("List the model", answers.ModelList, ("401",))},
             "/v1/models/{name}": {
@@ -139,7 +142,7 @@ def _ref(model: type[BaseModel]) -> Json:
 
 
 def _schemas() -> Json:
-    bodies: tuple[type[BaseModel], ...] = (CompletionBody, ChatBody)
+    bodies: tuple[type[BaseModel], ...] = (CompletionBody, ChatBody, EmbeddingBody)
     wanted: list[tuple[type[BaseModel], JsonSchemaMode]] = [
         (model, "validation") for model in (*bodies, *answers.DESCRIBED)
     ]

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from starlette.requests import Request as HttpRequest
 
+from quantgate_serve.channel import Loaded
 from quantgate_serve.client import EngineClient
 from quantgate_serve.detokenize import TextStream
 from quantgate_serve.exposition import Exposition
@@ -31,7 +32,7 @@ from quantgate_serve.http.protocol import (
 from quantgate_serve.keys import EVERYBODY, Keyring, Tenant
 from quantgate_serve.kv.roots import CacheRoots
 from quantgate_serve.lives import Lives
-from quantgate_serve.request import Priority, Request
+from quantgate_serve.request import Priority, Request, SamplingParams
 from quantgate_serve.vocabulary import Vocabulary
 
 DEADLINE_HEADER = "x-request-deadline-ms"
@@ -203,23 +204,44 @@ class Service:
                 )
                 needs_text = body.stream or params.stop
                 text = TextStream(self.vocabulary.decode, stop=params.stop) if needs_text else None
-                result.append(
-                    Request(
-                        prompt_ids=ids,
-                        params=params,
-                        eos_ids=self.eos_ids,
-                        text=text,
-                        arrived_ns=asked.arrived_ns,
-                        priority=asked.priority,
-                        tenant=asked.tenant.name,
-                        weight=asked.tenant.weight,
-                        deadline_ns=asked.deadline_ns,
-                        cache_root=self._roots.of(asked.tenant.name),
-                        operation="chat" if isinstance(body, ChatBody) else "text_completion",
-                        traceparent=asked.traceparent,
-                    )
-                )
+                operation = "chat" if isinstance(body, ChatBody) else "text_completion"
+                result.append(self._request(ids, params, asked, operation, text=text))
         return result
+
+    def switch(self, vocabulary: Vocabulary, loaded: Loaded) -> None:
+        """Other weights serve now, with this vocabulary."""
+        self.vocabulary = vocabulary
+        self.vocab_size, self.eos_ids = loaded.vocab_size, loaded.eos_ids
+        self.engine.front.slo_baselines = dict(self.engine.settings.slo)
+
+    def embedding_requests(self, prompts: list[list[int]], asked: Asked) -> list[Request]:
+        """One request for each input; it produces no token."""
+        params = SamplingParams(max_tokens=0, embeds=True)
+        return [self._request(ids, params, asked, "embeddings") for ids in prompts]
+
+    def _request(
+        self,
+        ids: list[int],
+        params: SamplingParams,
+        asked: Asked,
+        operation: str,
+        *,
+        text: TextStream | None = None,
+    ) -> Request:
+        return Request(
+            prompt_ids=ids,
+            params=params,
+            eos_ids=self.eos_ids,
+            text=text,
+            arrived_ns=asked.arrived_ns,
+            priority=asked.priority,
+            tenant=asked.tenant.name,
+            weight=asked.tenant.weight,
+            deadline_ns=asked.deadline_ns,
+            cache_root=self._roots.of(asked.tenant.name),
+            operation=operation,
+            traceparent=asked.traceparent,
+        )
 
     async def _read(self, http: HttpRequest) -> bytes:
         """The body, refused with a 413 as soon as it is too large, with a 408 if it is slow."""
