@@ -53,8 +53,10 @@ class ServerOptions:
             "--max-queued-tokens": self.max_queued_tokens,
         }
         given = [text for k, v in options.items() if v is not None for text in (k, str(v))]
-        # Every prompt is computed: an arm that finds its warm-up in the cache is not comparable.
-        return [*given, "--no-prefix-cache"]
+        # Every request is computed, whatever the server's defaults are: an arm that finds its
+        # warm-up in a cache, or its twin under way, is not comparable.
+        off = ["--no-prefix-cache", "--no-coalescing"]
+        return [*given, *off, "--response-cache-mib", "0", "--embedding-cache-mib", "0"]
 
 
 class Server:

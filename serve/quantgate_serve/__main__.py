@@ -18,6 +18,7 @@ from pathlib import Path
 import uvicorn
 from pydantic import ValidationError
 
+from quantgate_serve.caches import BoundedCache
 from quantgate_serve.config import (
     ConfigError,
     ServerSettings,
@@ -26,6 +27,7 @@ from quantgate_serve.config import (
     verify_files,
 )
 from quantgate_serve.keys import Keyring, KeysError, read_keys
+from quantgate_serve.request import Request
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,6 +97,7 @@ async def _serve(
     from quantgate_serve.http.connection import Connection
     from quantgate_serve.http.service import HttpLimits, Service
     from quantgate_serve.reload import Reload
+    from quantgate_serve.sharing import Sharing
     from quantgate_serve.tracing import Spans, export_to
     from quantgate_serve.vocabulary import Vocabulary
 
@@ -122,6 +125,12 @@ async def _serve(
             ),
             keyring=keyring,
             metrics_compat=settings.metrics_compat,
+            sharing=Sharing(
+                engine,
+                coalesces=settings.coalescing,
+                response_cache=_cache(settings.response_cache_mib, settings),
+                embedding_cache=_cache(settings.embedding_cache_mib, settings),
+            ),
         )
 
         reload = Reload(
@@ -178,6 +187,10 @@ async def _serve(
         raise engine.failure
 
 
+def _cache(max_mib: float, settings: ServerSettings) -> BoundedCache[Request]:
+    return BoundedCache(max_bytes=int(max_mib * 2**20), ttl_s=settings.cache_ttl_s)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m quantgate_serve", description="Serve one model over HTTP."
@@ -207,6 +220,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--read-timeout-s", type=float, help="a client that reads slower is cut off"
     )
+    parser.add_argument(
+        "--coalescing",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compute identical greedy requests of a tenant once (default on)",
+    )
+    parser.add_argument("--response-cache-mib", type=float, help="greedy answers kept (default 0)")
+    parser.add_argument("--embedding-cache-mib", type=float, help="embeddings kept (default 0)")
+    parser.add_argument("--cache-ttl-s", type=float, help="how long both keep (default 600)")
     parser.add_argument("--api-keys", type=Path, help="file made by python -m quantgate_serve.keys")
     parser.add_argument(
         "--allow-remote-without-keys",

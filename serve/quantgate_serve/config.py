@@ -48,6 +48,12 @@ class ServerSettings(BaseModel):
     headers_timeout_s: float = Field(default=20.0, gt=0)
     body_timeout_s: float = Field(default=60.0, gt=0)
     read_timeout_s: float = Field(default=60.0, gt=0)
+    # Identical greedy requests of a tenant that are under way are computed once.
+    coalescing: bool = True
+    # Answers of greedy requests and embeddings, kept for `cache_ttl_s`; 0 keeps none.
+    response_cache_mib: float = Field(default=0.0, ge=0)
+    embedding_cache_mib: float = Field(default=0.0, ge=0)
+    cache_ttl_s: float = Field(default=600.0, gt=0)
     # Hashes of API keys (keys.py); without them whoever reaches the port may ask.
     api_keys: Path | None = None
     allow_remote_without_keys: bool = False

@@ -152,6 +152,11 @@ class FrontMetrics:
     rejections: Counter[str] = field(default_factory=Counter)  # by reason
     tokenize_s: Histogram = field(default_factory=_texts)
     detokenize_s: Histogram = field(default_factory=_texts)
+    # Requests that joined one like them under way, None where that is off; then by cache,
+    # response or embedding, those that are on.
+    coalesced_requests: int | None = None
+    cache_queries: Counter[str] = field(default_factory=Counter)
+    cache_hits: Counter[str] = field(default_factory=Counter)
 
 
 def _sum(mine: Any, more: Any) -> Any:

@@ -37,6 +37,14 @@ class Priority(enum.IntEnum):
         return self.name.lower()
 
 
+class Origin(enum.StrEnum):
+    """Where an answer comes from: computed for this client, for another at the time, or earlier."""
+
+    COMPUTED = "computed"
+    COALESCED = "coalesced"
+    CACHED = "cached"
+
+
 class FinishReason(enum.StrEnum):
     STOP = "stop"
     LENGTH = "length"
@@ -170,6 +178,7 @@ class Request:
     num_served: int = field(init=False, default=0)
     # Of length 1, in FP32.
     embedding: tuple[float, ...] | None = field(init=False, default=None)
+    origin: Origin = field(init=False, default=Origin.COMPUTED)
     finish_reason: FinishReason | None = field(init=False, default=None)
     error: RequestError | None = field(init=False, default=None)
     ended_by_eos: bool = field(init=False, default=False)
@@ -177,6 +186,11 @@ class Request:
     first_token_ns: int = field(init=False, default=0)
     last_token_ns: int = field(init=False, default=0)
     finished_ns: int = field(init=False, default=0)
+
+    @staticmethod
+    def next_id() -> int:
+        """An id that no other request of this process has."""
+        return next(_ids)
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_ids)

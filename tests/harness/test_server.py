@@ -36,8 +36,10 @@ def test_counters_are_summed_over_their_labels_and_comments_are_skipped() -> Non
 def test_options_that_are_none_are_left_to_the_server() -> None:
     options = ServerOptions(device="cpu", threads=1, kv_tokens=4096)
     given = ["--device", "cpu", "--threads", "1", "--kv-tokens", "4096"]
-    # Never with a prefix cache: an arm must not find its warm-up there.
-    assert options.arguments() == [*given, "--no-prefix-cache"]
+    # Each request is computed: an arm must not find its warm-up, or another's answer.
+    off = ["--no-prefix-cache", "--no-coalescing"]
+    off += ["--response-cache-mib", "0", "--embedding-cache-mib", "0"]
+    assert options.arguments() == [*given, *off]
 
 
 def test_a_real_server_starts_answers_is_watched_and_ends(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a scrape of the server says, read back with Prometheus' own parser."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -161,7 +162,9 @@ def test_an_engine_that_worked_has_told_every_layer(
     run_all: Callable[[Engine, list[Request]], None],
 ) -> None:
     engine = make_engine()
-    made = Exposition("tiny", lambda: engine.metrics, FrontMetrics())
+    caches = Counter({"response": 1, "embedding": 0})
+    front = FrontMetrics(coalesced_requests=0, cache_queries=caches, cache_hits=caches)
+    made = Exposition("tiny", lambda: engine.metrics, front)
     run_all(engine, [make_request(prompt) for prompt in prompts(6)])
     found = {m.name: m for m in text_string_to_metric_families(made.render().decode())}
     assert names_of(found) == {PREFIX + family.name for family in FAMILIES} - ABSENT_ON_CPU

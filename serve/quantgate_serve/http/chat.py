@@ -27,8 +27,8 @@ async def chat_completions(service: Service, http: HttpRequest) -> Response:
     requests = service.requests(body, [ids], asked, max_tokens=max_tokens, grammar=grammar)
     if body.stream:
         form = sse.ChatForm(service.vocabulary, body, service.model_name)
-        return sse.EventStream(service.engine, requests, form, usage_choices=body.usage_choices)
-    await exchange.complete(service.engine, requests, http)
+        return sse.EventStream(service.sharing, requests, form, usage_choices=body.usage_choices)
+    await exchange.complete(service.sharing, requests, http)
     choices = [
         responses.chat_choice(
             request, service.vocabulary, index=index, return_token_ids=body.return_token_ids

@@ -17,8 +17,8 @@ async def completions(service: Service, http: HttpRequest) -> Response:
     requests = service.requests(body, ids, asked, max_tokens=body.max_tokens, grammar=grammar)
     if body.stream:
         form = sse.CompletionForm(service.vocabulary, body, service.model_name)
-        return sse.EventStream(service.engine, requests, form, usage_choices=body.usage_choices)
-    await exchange.complete(service.engine, requests, http)
+        return sse.EventStream(service.sharing, requests, form, usage_choices=body.usage_choices)
+    await exchange.complete(service.sharing, requests, http)
     choices = [
         responses.completion_choice(
             request,

@@ -6,7 +6,7 @@ from array import array
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from quantgate_serve.http import exchange
+from quantgate_serve.http import exchange, responses
 from quantgate_serve.http.errors import invalid
 from quantgate_serve.http.protocol import EmbeddingBody, parse_prompts
 from quantgate_serve.http.service import Service
@@ -18,7 +18,7 @@ async def embeddings(service: Service, http: HttpRequest) -> Response:
     prompts = parse_prompts(body.input, vocab_size=service.vocab_size, param="input")
     ids = await service.encode(prompts, add_special_tokens=True, param="input")
     requests = service.embedding_requests(ids, asked)
-    await exchange.complete(service.engine, requests, http)
+    await exchange.complete(service.sharing, requests, http)
     vectors = [request.embedding or () for request in requests]
     size = len(vectors[0])
     if body.dimensions not in (None, size):
@@ -40,4 +40,5 @@ async def embeddings(service: Service, http: HttpRequest) -> Response:
             ],
             "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
         },
+        headers=responses.origin_headers(requests),
     )

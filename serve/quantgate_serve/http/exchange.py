@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 from starlette.requests import Request as HttpRequest
 
 from quantgate_serve.admission import QueueFullError, RequestTooLongError
-from quantgate_serve.client import EngineClient, EngineStoppedError
+from quantgate_serve.client import EngineStoppedError
 from quantgate_serve.http.errors import ApiError
 from quantgate_serve.request import Delta, Request
+from quantgate_serve.sharing import Sharing
 
 if TYPE_CHECKING:
     from quantgate_serve.request import RequestError
@@ -26,7 +27,7 @@ class ClientGoneError(Exception):
     """The client closed its connection before the answer was ready."""
 
 
-async def complete(engine: EngineClient, requests: Sequence[Request], http: HttpRequest) -> None:
+async def complete(engine: Sharing, requests: Sequence[Request], http: HttpRequest) -> None:
     """Run `requests` to their end.
 
     Raises:
@@ -59,7 +60,7 @@ async def complete(engine: EngineClient, requests: Sequence[Request], http: Http
             raise api_error(request.error)
 
 
-def open_stream(engine: EngineClient, requests: Sequence[Request]) -> AsyncIterator[Delta]:
+def open_stream(engine: Sharing, requests: Sequence[Request]) -> AsyncIterator[Delta]:
     """Queue `requests` now; their deltas come out of the iterator.
 
     Raises:
@@ -80,7 +81,7 @@ async def _until_last(queue: asyncio.Queue[Delta], missing: int) -> AsyncIterato
         yield delta
 
 
-def submit(engine: EngineClient, requests: Sequence[Request]) -> None:
+def submit(engine: Sharing, requests: Sequence[Request]) -> None:
     """Queue `requests` or say in HTTP terms why not."""
     try:
         engine.submit(requests)

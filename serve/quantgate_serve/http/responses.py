@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from quantgate_serve.request import FinishReason, Request, TokenLogprob
+from quantgate_serve.request import FinishReason, Origin, Request, TokenLogprob
 from quantgate_serve.vocabulary import Vocabulary
 
 Json = dict[str, Any]
@@ -77,8 +77,19 @@ def answer(
             "choices": choices,
             "usage": usage(requests, num_choices=num_choices),
             "timings": timings(requests),
-        }
+        },
+        headers=origin_headers(requests),
     )
+
+
+def origin_headers(requests: Sequence[Request]) -> dict[str, str]:
+    """`x-cache`: hit, coalesced, or partial when some were computed; none when all were."""
+    origins = {request.origin for request in requests}
+    if origins == {Origin.COMPUTED}:
+        return {}
+    if origins == {Origin.CACHED}:
+        return {"x-cache": "hit"}
+    return {"x-cache": "partial" if Origin.COMPUTED in origins else "coalesced"}
 
 
 def completion_choice(

@@ -33,6 +33,7 @@ from quantgate_serve.keys import EVERYBODY, Keyring, Tenant
 from quantgate_serve.kv.roots import CacheRoots
 from quantgate_serve.lives import Lives
 from quantgate_serve.request import Priority, Request, SamplingParams
+from quantgate_serve.sharing import Sharing
 from quantgate_serve.vocabulary import Vocabulary
 
 DEADLINE_HEADER = "x-request-deadline-ms"
@@ -74,9 +75,11 @@ class Service:
         limits: HttpLimits,
         keyring: Keyring | None = None,
         metrics_compat: str | None = None,
+        sharing: Sharing,
     ) -> None:
         """Without a `keyring` everybody is one tenant without a name."""
         self.engine = engine
+        self.sharing = sharing
         self.vocabulary = vocabulary
         self.model_name = model_name
         self.vocab_size = vocab_size
@@ -213,6 +216,7 @@ class Service:
         self.vocabulary = vocabulary
         self.vocab_size, self.eos_ids = loaded.vocab_size, loaded.eos_ids
         self.engine.front.slo_baselines = dict(self.engine.settings.slo)
+        self.sharing.forget()
 
     def embedding_requests(self, prompts: list[list[int]], asked: Asked) -> list[Request]:
         """One request for each input; it produces no token."""

@@ -7,10 +7,10 @@ from typing import Protocol
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from quantgate_serve.client import EngineClient
 from quantgate_serve.http import exchange, responses
 from quantgate_serve.http.protocol import ChatBody, CompletionBody
 from quantgate_serve.request import Delta, Request
+from quantgate_serve.sharing import Sharing
 from quantgate_serve.vocabulary import Vocabulary
 
 
@@ -114,7 +114,7 @@ class EventStream(StreamingResponse):
 
     def __init__(
         self,
-        engine: EngineClient,
+        engine: Sharing,
         requests: Sequence[Request],
         form: Form,
         *,
@@ -123,7 +123,9 @@ class EventStream(StreamingResponse):
         """`usage_choices` is the number of choices of each prompt, None for no usage."""
         deltas = exchange.open_stream(engine, requests)
         events = _events(deltas, requests, form, usage_choices=usage_choices)
-        super().__init__(events, media_type="text/event-stream")
+        super().__init__(
+            events, media_type="text/event-stream", headers=responses.origin_headers(requests)
+        )
         self._engine = engine
         self._requests = requests
 
