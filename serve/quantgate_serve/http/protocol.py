@@ -104,7 +104,7 @@ class RequestBody(_Body):
         default=None, description="Urgency; which ones are allowed depends on the API key."
     )
     deadline_ms: float | None = Field(
-        default=None, gt=0.0, le=86_400_000.0,
+        default=None, ge=1.0, le=86_400_000.0,
         description="Answer 504 when it takes longer; header x-request-deadline-ms says the same.",
     )  # fmt: skip
 

@@ -303,6 +303,6 @@ def _header_ms(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0.0 < value <= 86_400_000.0:
-        raise invalid(DEADLINE_HEADER, f"{text!r}, expected milliseconds between 0 and a day.")
+    if not 1.0 <= value <= 86_400_000.0:
+        raise invalid(DEADLINE_HEADER, f"{text!r}, expected milliseconds, from 1 to a day.")
     return value

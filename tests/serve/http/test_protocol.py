@@ -51,7 +51,7 @@ def completion(**values: Any) -> CompletionBody:
         ({"stop": "x" * 257}, "stop"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"priority": "urgent"}, "priority"),
-        ({"deadline_ms": 0}, "deadline_ms"),
+        ({"deadline_ms": 0.99}, "deadline_ms"),
         ({"logprob_token_ids": [1] * 1025}, "logprob_token_ids"),
     ],
 )
