@@ -222,6 +222,7 @@ def start_server(settings: ServerSettings, ready_file: Path) -> Iterator[OwnServ
     ready_file.unlink(missing_ok=True)
     command = [sys.executable, "-m", "quantgate_serve", "--model", str(settings.model)]
     command += ["--port", "0", "--ready-file", str(ready_file), "--device", "cpu"]
+    command += ["--no-coalescing"]  # every arm computes every request
     command += ["--max-batch-size", str(settings.max_batch_size)]
     command += ["--max-batched-tokens", str(settings.max_batched_tokens)]
     if not settings.prefix_cache:
