@@ -1,7 +1,7 @@
 """From the tokens of a step to logits: through transformers' own forward, or a shorter way.
 
-`ShortDecoder` computes what a Llama-like layer computes, with a third of the calls: query, key and
-value in one product, one rotation for both, norms of four operations. It takes the weights (also
+`ShortDecoder` computes what a Llama-like layer computes, with fewer calls: query, key and value in
+one product, one rotation for both, norms of four operations. It takes the weights (also
 quantized Linears, as they are) out of the loaded model. Every other model goes through its own
 forward.
 
