@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantgate.audit.checkpoint import Checkpoint
 from quantgate.drill.artifact import MutableArtifact, NotApplicable
-from quantgate.drill.fault import EVERY, QUANTIZED, ArtifactFault
+from quantgate.drill.fault import EVERY, QUANTIZED, ArtifactFault, damage
 from quantgate.drill.packing import pack_gptq, pack_int8, pack_nf4
 from quantgate.files import read_json
 
@@ -22,35 +22,23 @@ _VOCABULARY = (
 
 def coverage_faults() -> list[ArtifactFault]:
     return [
-        _fault("head-quantized", "a skip list that drops the output head's protection", QUANTIZED,
+        damage("head-quantized", "a skip list that drops the output head's protection", QUANTIZED,
                _quantize_head, _COVERAGE),
-        _fault("embedding-int4", "embeddings (and a tied head) rounded to 4 bits", EVERY,
+        damage("embedding-int4", "embeddings (and a tied head) rounded to 4 bits", EVERY,
                _round_embedding(15), _WEIGHTS),
-        _fault("not-quantized", "the source's weights under the scheme's name", QUANTIZED,
+        damage("not-quantized", "the source's weights under the scheme's name", QUANTIZED,
                _do_not_quantize, _COVERAGE),
-        _fault("partly-quantized", "one module skipped in silence", QUANTIZED,
+        damage("partly-quantized", "one module skipped in silence", QUANTIZED,
                _skip_one, _COVERAGE),
-        _fault("neighbours-weights", "a layer loaded with the weights of the one before it", EVERY,
+        damage("neighbours-weights", "a layer loaded with the weights of the one before it", EVERY,
                _copy_neighbour, _WEIGHTS),
-        _fault("vocabulary-truncated", "the last 16 rows of the vocabulary cut off", EVERY,
+        damage("vocabulary-truncated", "the last 16 rows of the vocabulary cut off", EVERY,
                _truncate, _VOCABULARY),
-        _fault("vocabulary-permuted", "the vocabulary's rows moved on by one", EVERY,
+        damage("vocabulary-permuted", "the vocabulary's rows moved on by one", EVERY,
                _permute, _WEIGHTS),
-        _fault("rope-table-bf16", "rotary frequencies stored in BF16", EVERY,
+        damage("rope-table-bf16", "rotary frequencies stored in BF16", EVERY,
                _store_rotary, _COVERAGE),
     ]  # fmt: skip
-
-
-def _fault(
-    name: str,
-    what: str,
-    schemes: tuple[str, ...],
-    plant: Callable[[MutableArtifact], None],
-    advice: str,
-) -> ArtifactFault:
-    return ArtifactFault(
-        name=name, what=what, schemes=schemes, expected="audit", plant=plant, advice=advice
-    )
 
 
 def embedding_name(artifact: MutableArtifact) -> str:

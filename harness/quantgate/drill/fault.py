@@ -40,6 +40,19 @@ class ArtifactFault(Fault):
     plant: Callable[[MutableArtifact], None]
 
 
+def damage(
+    name: str,
+    what: str,
+    schemes: tuple[str, ...],
+    plant: Callable[[MutableArtifact], None],
+    advice: str,
+) -> ArtifactFault:
+    """Damage to the stored weights, which the audit is expected to see."""
+    return ArtifactFault(
+        name=name, what=what, schemes=schemes, expected="audit", plant=plant, advice=advice
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwappedFault(Fault):
     """Damage to a variant's files under the manifest of the sound ones."""

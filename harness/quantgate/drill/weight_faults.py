@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantgate.drill.artifact import MutableArtifact, NotApplicable, group_of_shuffled
-from quantgate.drill.fault import GPTQ, INT8, NF4, QUANTIZED, ArtifactFault
+from quantgate.drill.fault import GPTQ, INT8, NF4, QUANTIZED, ArtifactFault, damage
 from quantgate.drill.packing import pack_gptq, pack_int8, pack_nf4
 
 _SCALES = {"int8-bnb": "SCB", "int4-nf4": "weight.absmax"} | dict.fromkeys(GPTQ, "scales")
@@ -28,60 +28,48 @@ _FINITE = "{id: finite, metric: audit/non_finite.count, test: limit, max: 0 coun
 
 def weight_faults() -> list[ArtifactFault]:
     return [
-        _fault("zero-point-all", "every zero point one higher", GPTQ, _shift_zeros(None), _WEIGHTS),
-        _fault(
+        damage("zero-point-all", "every zero point one higher", GPTQ, _shift_zeros(None), _WEIGHTS),
+        damage(
             "zero-point-one", "one module's zero points one higher", GPTQ, _shift_zeros("q_proj"),
             _WEIGHTS,
         ),
-        _fault(
+        damage(
             "v1-as-v2", "version 1 zero points declared as version 2", GPTQ,
             lambda a: a.configure(checkpoint_format="gptq_v2", format="gptq_v2"), _FORMAT,
         ),
-        _fault("scales-rolled-group", "a module's scales moved on by a group", GPTQ,
+        damage("scales-rolled-group", "a module's scales moved on by a group", GPTQ,
                _change_scales(lambda t: t.roll(1, 0)), _WEIGHTS),
-        _fault("scales-rolled-row", "a module's scales moved on by one", QUANTIZED,
+        damage("scales-rolled-row", "a module's scales moved on by one", QUANTIZED,
                _change_scales(lambda t: t.roll(1, -1)), _WEIGHTS),
-        _fault("scales-swapped", "two modules' scales swapped", QUANTIZED, _swap_scales, _WEIGHTS),
-        _fault("one-scale-x16", "one scale 16 times too large", (*GPTQ, *INT8),
+        damage("scales-swapped", "two modules' scales swapped", QUANTIZED, _swap_scales, _WEIGHTS),
+        damage("one-scale-x16", "one scale 16 times too large", (*GPTQ, *INT8),
                _change_scales(_times(16)), _SCALES_GATE),
-        _fault("one-scale-x2", "one scale twice too large", (*GPTQ, *INT8),
+        damage("one-scale-x2", "one scale twice too large", (*GPTQ, *INT8),
                _change_scales(_times(2)), _SCALES_GATE),
-        _fault("one-scale-x16", "one nested scale 16 times too large", NF4, _nested_times(16),
+        damage("one-scale-x16", "one nested scale 16 times too large", NF4, _nested_times(16),
                _SCALES_GATE),
-        _fault("one-scale-largest", "one block's scale set to the largest of its 256", NF4,
+        damage("one-scale-largest", "one block's scale set to the largest of its 256", NF4,
                _change_scales(_set_first(255)), _SCALES_GATE),
-        _fault("scale-offset-dropped", "the mean of the nested scales taken as 0", NF4,
+        damage("scale-offset-dropped", "the mean of the nested scales taken as 0", NF4,
                _drop_offset, _WEIGHTS),
-        _fault("scale-infinite", "one scale overflowed to infinity", (*GPTQ, *INT8),
+        damage("scale-infinite", "one scale overflowed to infinity", (*GPTQ, *INT8),
                _change_scales(_times(float("inf"))), _FINITE),
-        _fault("wrong-group-size", "groups declared half as long as they are packed", GPTQ,
+        damage("wrong-group-size", "groups declared half as long as they are packed", GPTQ,
                _halve_groups, _FORMAT),
-        _fault("g-idx-dropped", "activation order used in packing and forgotten", GPTQ,
+        damage("g-idx-dropped", "activation order used in packing and forgotten", GPTQ,
                _drop_order, _WEIGHTS),
-        _fault("nibbles-swapped", "the two codes of each byte in the other order",
+        damage("nibbles-swapped", "the two codes of each byte in the other order",
                ("int4-gptq", "int4-nf4"), _swap_nibbles, _WEIGHTS),
-        _fault("constant-codes", "a module packed to one constant", QUANTIZED, _constant_codes,
+        damage("constant-codes", "a module packed to one constant", QUANTIZED, _constant_codes,
                _CONSTANT),
-        _fault("floor", "codes rounded down instead of to the nearest", QUANTIZED, _floor,
+        damage("floor", "codes rounded down instead of to the nearest", QUANTIZED, _floor,
                _WEIGHTS),
         replace(
-            _fault("silent-rounding", "calibration fell back to rounding, in silence", GPTQ, _round,
+            damage("silent-rounding", "calibration fell back to rounding, in silence", GPTQ, _round,
                    _CALIBRATED),
             why_invisible="at 8 bits rounding and GPTQ may be equally good",
         ),
     ]  # fmt: skip
-
-
-def _fault(
-    name: str,
-    what: str,
-    schemes: tuple[str, ...],
-    plant: Callable[[MutableArtifact], None],
-    advice: str,
-) -> ArtifactFault:
-    return ArtifactFault(
-        name=name, what=what, schemes=schemes, expected="audit", plant=plant, advice=advice
-    )
 
 
 def _bits(artifact: MutableArtifact) -> int:
