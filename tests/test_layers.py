@@ -88,7 +88,9 @@ def test_only_record_imports_mlflow() -> None:
     assert offenders(others, ("mlflow",)) == []
 
 
-@pytest.mark.parametrize("name", ["pytest_plugin.py", "cli.py"])
+@pytest.mark.parametrize(
+    "name", ["pytest_plugin.py", *sorted(path.name for path in QUANTGATE.glob("cli*.py"))]
+)
 def test_the_edges_import_nothing_heavy_at_import_time(name: str) -> None:
     heavy = (*HEAVY, "numpy", "scipy", "aiohttp", "pyarrow")
     found = [
