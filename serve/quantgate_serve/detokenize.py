@@ -22,14 +22,19 @@ class TextStream:
         self._read = 0
         self._text = ""
         self._num_emitted = 0
-        self.is_stopped = False
+        self.stop_reason: str | None = None
+        """The stop string that ended the text."""
+
+    @property
+    def is_stopped(self) -> bool:
+        return self.stop_reason is not None
 
     @property
     def text(self) -> str:
         return self._text
 
     def push(self, token_id: int) -> None:
-        """Add one token; sets `is_stopped` when a stop string is complete."""
+        """Add one token; sets `stop_reason` when a stop string is complete."""
         self._ids.append(token_id)
         before = self._decode(self._ids[self._prefix : self._read])
         after = self._decode(self._ids[self._prefix :])
@@ -58,10 +63,12 @@ class TextStream:
     def _grow(self, addition: str) -> None:
         searched_from = max(0, len(self._text) - self._longest_stop + 1)
         self._text += addition
-        found = [at for text in self._stop if (at := self._text.find(text, searched_from)) != -1]
+        found = [
+            (at, text) for text in self._stop if (at := self._text.find(text, searched_from)) != -1
+        ]
         if found:
-            self._text = self._text[: min(found)]
-            self.is_stopped = True
+            at, self.stop_reason = min(found)
+            self._text = self._text[:at]
 
     def _num_certain(self) -> int:
         """Length of the text without a tail that could be the start of a stop string."""

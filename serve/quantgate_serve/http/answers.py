@@ -59,6 +59,7 @@ class CompletionChoice(_Answer):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"] | None
+    stop_reason: str | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
 
@@ -100,6 +101,7 @@ class ChatChoice(_Answer):
     message: ChatAnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"] | None
+    stop_reason: str | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
 

@@ -35,6 +35,11 @@ def finish_reason(request: Request) -> str | None:
     return None if reason is None or reason is FinishReason.ABORT else reason.value
 
 
+def stop_reason(request: Request) -> str | None:
+    """The stop string that ended it, as vLLM says it: null for an end token or the limit."""
+    return None if request.text is None else request.text.stop_reason
+
+
 def usage(requests: Sequence[Request], *, num_choices: int) -> Json:
     """Token counts; a prompt that several choices share is counted once."""
     prompt = sum(request.num_prompt for request in requests[::num_choices])
@@ -102,6 +107,7 @@ def completion_choice(
         "text": prompt_text + output_text(request, vocabulary),
         "logprobs": completion_logprobs(request, vocabulary, start=0, echo=echo),
         "finish_reason": finish_reason(request),
+        "stop_reason": stop_reason(request),
     }
     if return_token_ids:
         choice["token_ids"] = request.output_ids
@@ -118,6 +124,7 @@ def chat_choice(
         "message": {"role": "assistant", "content": output_text(request, vocabulary)},
         "logprobs": chat_logprobs(request, vocabulary, start=0),
         "finish_reason": finish_reason(request),
+        "stop_reason": stop_reason(request),
     }
     if return_token_ids:
         choice["token_ids"] = request.output_ids

@@ -52,6 +52,7 @@ class CompletionForm:
                 request, self._vocabulary, start=start, end=delta.num_output, echo=self._body.echo
             ),
             "finish_reason": responses.finish_reason(request) if delta.is_last else None,
+            "stop_reason": responses.stop_reason(request) if delta.is_last else None,
         }
         if self._body.return_token_ids:
             choice["token_ids"] = request.output_ids[start : delta.num_output]
@@ -94,6 +95,7 @@ class ChatForm:
                 request, self._vocabulary, start=start, end=delta.num_output
             ),
             "finish_reason": responses.finish_reason(request) if delta.is_last else None,
+            "stop_reason": responses.stop_reason(request) if delta.is_last else None,
         }
         if self._body.return_token_ids:
             choice["token_ids"] = request.output_ids[start : delta.num_output]

@@ -228,7 +228,8 @@ def test_a_stop_string_is_cut_from_the_text(client: openai.OpenAI) -> None:
     stop = text[4:6]
     stopped = ask(stop=[stop])
     assert stopped.text == text[: text.index(stop)]
-    assert stopped.finish_reason == "stop"
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
+    assert ask().stop_reason is None
 
 
 def test_timings_tell_a_request_s_life(url: str) -> None:
