@@ -144,6 +144,13 @@ class Gate(SpecModel):
 
     def _test_problems(self) -> list[tuple[Location, str]]:
         name = parse_metric(self.metric)
+        if name.section == "divergence":
+            message = (
+                f"{self.metric} is reported, never gated: sound variants part from the reference "
+                "too, wherever two tokens are nearly as likely, and everything after differs; "
+                "gate the score or the validity of the set, or quality/kl_nats.mean"
+            )
+            return [(("metric",), message)]
         suitable = suitable_tests(name)
         if self.test not in suitable:
             return [
@@ -239,7 +246,8 @@ def suitable_tests(metric: MetricName) -> tuple[TestName, ...]:
         # An audit counts and compares every weight: its numbers have no sampling error.
         return ("limit",)
     if metric.section == "validity":
-        return ("rate",)
+        # A check counts new failures; the ratio of lengths is one of sums over clusters.
+        return ("mean",) if metric.statistic == "ratio" else ("rate",)
     if metric.is_golden_set:
         return ("non_inferiority",)
     if metric.statistic == "ratio":

@@ -46,7 +46,7 @@ MARGIN_UNIT = "pt"
 _DIMENSION_OF = {unit: name for name, units in DIMENSIONS.items() for unit in units}
 _QUANTITY = re.compile(r"\s*([+-]?(?:\d+(?:_\d+)*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(\S+)?\s*")
 
-SECTIONS = ("audit", "quality", "validity", "perf", "memory", "stability")
+SECTIONS = ("audit", "quality", "validity", "divergence", "perf", "memory", "stability")
 DISTRIBUTION_NOUNS = ("kl_nats", "nll_nats", "top1_agreement", "perplexity", "non_finite")
 """Quality metrics measured off the server on token ids; any other noun is a golden set."""
 
@@ -59,6 +59,7 @@ _NOUN_DIMENSIONS = (
     ("req_per_s", "request rate"),
     ("_ms", "time"),
     ("_bytes", "size"),
+    ("_tokens", "count"),
     ("_nats", "nats"),
     ("_bits", "bits"),
     ("_cosine", "fraction"),
@@ -124,13 +125,15 @@ class MetricName:
     @property
     def dimension(self) -> str:
         """What the metric is measured in; UnitError when its name does not say."""
-        if self.is_golden_set:
+        if self.is_golden_set and self.statistic != "ratio":
             return "fraction"
         if self.statistic in _STATISTIC_DIMENSIONS:
             return _STATISTIC_DIMENSIONS[self.statistic]
         # `e2e_ms.p95.ratio` keeps its inner statistic in the noun; the unit ends the first part.
+        # Of a golden set, whose name is the first part, it ends the last.
+        stem = self.noun if self.section == "divergence" else self.stem
         for ending, dimension in _NOUN_DIMENSIONS:
-            if self.stem.endswith(ending):
+            if stem.endswith(ending):
                 return dimension
         raise UnitError(
             f'metric "{self}" does not say its unit; expected a noun that ends in '

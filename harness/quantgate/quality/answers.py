@@ -37,6 +37,8 @@ class Answer:
     item_id: str
     output: str
     finish_reason: str
+    stop_reason: str | None = None
+    """The stop string that ended it; None for an end token, the limit, or a choice."""
     token_ids: tuple[int, ...] = ()
     choice_log_probs: tuple[float, ...] = ()
     error: str | None = None
@@ -209,6 +211,7 @@ def _read_text(prompt: RenderedPrompt, choices: list[dict[str, Any]]) -> Answer:
         item_id=prompt.item.id,
         output=choice["text"],
         finish_reason=choice["finish_reason"],
+        stop_reason=choice["stop_reason"],
         token_ids=tuple(choice["token_ids"]),
     )
 

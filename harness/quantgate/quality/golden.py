@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import jsonschema
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from quantgate.errors import GoldenSetError
 from quantgate.files import sha256_of_json
+from quantgate.quality.validity import ValidityCheck
+from quantgate.spec import SpecError, read_document
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,29 +50,6 @@ class MetricSpec(_Strict):
     higher_is_better: Literal[True] = True
 
 
-class ValidityCheck(_Strict):
-    """One check on an output that needs no known answer."""
-
-    type: Literal["json_schema", "regex", "non_empty", "finished"]
-    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
-    pattern: str | None = None
-
-    @model_validator(mode="after")
-    def _has_what_it_needs(self) -> ValidityCheck:
-        if (self.type == "json_schema") != (self.schema_ is not None):
-            raise ValueError("`schema` belongs to type json_schema, which needs it")
-        if (self.type == "regex") != (self.pattern is not None):
-            raise ValueError("`pattern` belongs to type regex, which needs it")
-        try:
-            re.compile(self.pattern or "")
-            jsonschema.Draft202012Validator.check_schema(self.schema_ or {})
-        except re.error as error:
-            raise ValueError(f"`pattern` is not a regular expression: {error}") from error
-        except jsonschema.SchemaError as error:
-            raise ValueError(f"`schema` is not a JSON schema: {error.message}") from error
-        return self
-
-
 class Task(_Strict):
     """task.yaml, in lm-evaluation-harness names."""
 
@@ -93,6 +70,11 @@ class Task(_Strict):
             raise ValueError("metric_list is empty: nothing would be scored")
         if self.output_type == "multiple_choice" and self.doc_to_choice is None:
             raise ValueError("multiple_choice needs `doc_to_choice: choices`")
+        if self.output_type != "generate_until" and self.validity:
+            raise ValueError(
+                f"validity checks what was generated, and {self.output_type} generates nothing; "
+                "remove it"
+            )
         return self
 
 
@@ -195,16 +177,26 @@ def load_golden_set(folder: Path) -> GoldenSet:
 
 
 def _read_task(path: Path) -> Task:
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Task.model_validate(value)
-    except FileNotFoundError as error:
+    if not path.exists():
         raise GoldenSetError(
             f"{path}: missing; expected the task in lm-evaluation-harness names "
             "(task, output_type, metric_list, generation_kwargs)."
-        ) from error
-    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
-        raise GoldenSetError(f"{path}: {error}") from error
+        )
+    try:
+        document = read_document(path)
+    except SpecError as error:
+        raise GoldenSetError(str(error)) from error
+    try:
+        return Task.model_validate(document.data)
+    except ValidationError as error:
+        problems = [document.problem(tuple(one["loc"]), _in_words(one)) for one in error.errors()]
+        raise GoldenSetError(str(SpecError(path, problems))) from error
+
+
+def _in_words(error: ErrorDetails) -> str:
+    keys = ".".join(part for part in error["loc"] if isinstance(part, str))
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{keys}: {message}" if keys else message
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,9 +16,12 @@ from quantgate.errors import MeasurementError
 from quantgate.files import write_with
 from quantgate.measure import Binomial, Clustered, Measurement, Missing, PairedBinary
 from quantgate.quality.answers import Answer
-from quantgate.quality.golden import GoldenSet, ValidityCheck
+from quantgate.quality.divergence import SAME_RATE, SHARED_TOKENS, divergence
+from quantgate.quality.golden import GoldenSet
+from quantgate.quality.lengths import STATISTIC as LENGTH_RATIO
+from quantgate.quality.lengths import length_ratio
 from quantgate.quality.scoring import BINARY_SCORERS, score_items
-from quantgate.quality.validity import is_valid
+from quantgate.quality.validity import ValidityCheck, is_valid
 from quantgate.units import slice_of_tag
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
@@ -39,10 +41,23 @@ def check_names(checks: Sequence[ValidityCheck]) -> list[str]:
 
 
 def metrics_of(golden: GoldenSet) -> list[str]:
-    """Every metric a golden set yields."""
-    scores = [f"quality/{golden.name}.{spec.metric}" for spec in golden.task.metric_list]
-    checks = [f"validity/{golden.name}.{name}" for name in check_names(golden.task.validity)]
-    return scores + checks
+    """Every metric a golden set yields, over all items and over those with each tag."""
+    task = golden.task
+    checks = check_names(task.validity)
+    if task.output_type == "generate_until":
+        checks.append(LENGTH_RATIO)
+    metrics = []
+    for part in ("", *slices_of(golden)):
+        metrics += [f"quality/{golden.name}{part}.{spec.metric}" for spec in task.metric_list]
+        metrics += [f"validity/{golden.name}{part}.{name}" for name in checks]
+    if task.output_type == "generate_until":
+        metrics += [f"divergence/{golden.name}.{name}" for name in (SAME_RATE, SHARED_TOKENS)]
+    return metrics
+
+
+def slices_of(golden: GoldenSet) -> list[str]:
+    """What ends the noun of each slice's metrics: `.tag-long` for items with the tag `long`."""
+    return sorted({f".{slice_of_tag(tag)}" for item in golden.items for tag in item.tags})
 
 
 def write_results(path: Path, golden: GoldenSet, answers: Sequence[Answer]) -> None:
@@ -55,6 +70,7 @@ def write_results(path: Path, golden: GoldenSet, answers: Sequence[Answer]) -> N
         "target": [item.target for item in items],
         "output": [answer.output for answer in answers],
         "finish_reason": [answer.finish_reason for answer in answers],
+        "stop_reason": [answer.stop_reason for answer in answers],
         "num_tokens": [len(answer.token_ids) for answer in answers],
         "token_ids": [list(answer.token_ids) for answer in answers],
         "choice_log_probs": [list(answer.choice_log_probs) for answer in answers],
@@ -70,12 +86,9 @@ def write_results(path: Path, golden: GoldenSet, answers: Sequence[Answer]) -> N
         ]
     for name, check in zip(check_names(golden.task.validity), golden.task.validity, strict=True):
         columns[VALID + name] = [
-            answer.error is None
-            and is_valid(check, answer.output, finish_reason=answer.finish_reason)
-            for answer in answers
+            answer.error is None and is_valid(check, answer) for answer in answers
         ]
-    table = pa.table(columns).replace_schema_metadata({"scorers": json.dumps(metrics_of(golden))})
-    write_with(path, partial(pq.write_table, table))
+    write_with(path, partial(pq.write_table, pa.table(columns)))
 
 
 def count_errors(path: Path) -> tuple[int, int]:
@@ -112,31 +125,13 @@ def reduce_golden_set(
             f"(first: {next(e for e in theirs['error'].to_pylist() if e)})"
         )
         return [Missing(metric=m, reason=reason, source=source) for m in metrics_of(golden)]
-    measurements: list[Measurement] = []
-    slices = [{slice_of_tag(tag) for tag in item.tags} for item in golden.items]
-    parts = [("", np.ones(len(ours), dtype=np.bool_))] + [
-        (f".{name}", np.array([name in found for found in slices]))
-        for name in sorted(set().union(*slices))
-    ]
-    clusters = np.asarray(ours["cluster"].to_pylist())
-    for spec in golden.task.metric_list:
-        column = SCORE + spec.metric
-        for part, chosen in parts:
-            metric = f"quality/{golden.name}{part}.{spec.metric}"
-            pair = theirs[column].to_numpy()[chosen], ours[column].to_numpy()[chosen]
-            if spec.metric in BINARY_SCORERS:
-                measurements.append(_paired_binary(metric, *pair, source=source))
-            else:
-                measurements.append(_paired_scores(metric, *pair, clusters[chosen], source=source))
-    for name in check_names(golden.task.validity):
-        measurements.append(
-            _new_failures(
-                f"validity/{golden.name}.{name}",
-                theirs[VALID + name].to_numpy(zero_copy_only=False),
-                ours[VALID + name].to_numpy(zero_copy_only=False),
-                source=source,
-            )
-        )
+    pair = _Pair(golden, theirs, ours, source)
+    everything = np.ones(len(ours), dtype=np.bool_)
+    measurements = list(pair.of("", everything))
+    for part in slices_of(golden):
+        measurements += pair.of(part, pair.with_tag(part))
+    if golden.task.output_type == "generate_until":
+        measurements += pair.divergence()
     return measurements
 
 
@@ -145,45 +140,92 @@ def missing_golden_set(golden: GoldenSet, reason: str) -> list[Measurement]:
     return [Missing(metric=metric, reason=reason) for metric in metrics_of(golden)]
 
 
-def _paired_binary(
-    metric: str, reference: FloatArray, candidate: FloatArray, *, source: str
-) -> Measurement:
-    right, still_right = reference == 1.0, candidate == 1.0
-    return PairedBinary(
-        metric=metric,
-        both=int((right & still_right).sum()),
-        reference_only=int((right & ~still_right).sum()),
-        candidate_only=int((~right & still_right).sum()),
-        neither=int((~right & ~still_right).sum()),
-        source=source,
-    )
+class _Pair:
+    """Both arms' tables, row by row the same items."""
 
+    def __init__(
+        self, golden: GoldenSet, reference: pa.Table, candidate: pa.Table, source: str
+    ) -> None:
+        self._golden = golden
+        self._reference = reference
+        self._candidate = candidate
+        self._source = source
+        self._clusters = np.asarray(candidate["cluster"].to_pylist())
 
-def _paired_scores(
-    metric: str,
-    reference: FloatArray,
-    candidate: FloatArray,
-    clusters: FloatArray,
-    *,
-    source: str,
-) -> Measurement:
-    _, index = np.unique(clusters, return_inverse=True)
-    return Clustered(
-        metric=metric,
-        unit="1",
-        totals=tuple(np.bincount(index, weights=candidate - reference)),
-        counts=tuple(int(c) for c in np.bincount(index)),
-        paired=True,
-        source=source,
-    )
+    def of(self, part: str, chosen: BoolArray) -> Iterator[Measurement]:
+        """Scores, validity and lengths of some items; `part` names them, empty for all."""
+        name, task = f"{self._golden.name}{part}", self._golden.task
+        for spec in task.metric_list:
+            metric = f"quality/{name}.{spec.metric}"
+            reference, candidate = self._columns(SCORE + spec.metric, chosen)
+            if spec.metric in BINARY_SCORERS:
+                yield self._paired_binary(metric, reference == 1.0, candidate == 1.0)
+            else:
+                yield self._paired_scores(metric, candidate - reference, chosen)
+        for check in check_names(task.validity):
+            yield self._new_failures(
+                f"validity/{name}.{check}", *self._columns(VALID + check, chosen)
+            )
+        if task.output_type == "generate_until":
+            yield length_ratio(
+                f"validity/{name}.{LENGTH_RATIO}",
+                *self._columns("num_tokens", chosen),
+                self._clusters[chosen].tolist(),
+                source=self._source,
+            )
 
+    def with_tag(self, part: str) -> BoolArray:
+        slices = [{f".{slice_of_tag(tag)}" for tag in tags} for tags in self._tags()]
+        return np.array([part in found for found in slices])
 
-def _new_failures(
-    metric: str, reference: BoolArray, candidate: BoolArray, *, source: str
-) -> Measurement:
-    num_valid = int(reference.sum())
-    if not num_valid:
-        return Missing(metric=metric, reason="no output of the reference is valid", source=source)
-    return Binomial(
-        metric=metric, events=int((reference & ~candidate).sum()), trials=num_valid, source=source
-    )
+    def divergence(self) -> list[Measurement]:
+        return divergence(
+            self._golden.name,
+            self._reference["token_ids"].to_pylist(),
+            self._candidate["token_ids"].to_pylist(),
+            source=self._source,
+        )
+
+    def _tags(self) -> list[list[str]]:
+        tags: list[list[str]] = self._candidate["tags"].to_pylist()
+        return tags
+
+    def _columns(self, name: str, chosen: BoolArray) -> tuple[Any, Any]:
+        arms = (self._reference, self._candidate)
+        first, second = (arm[name].to_numpy(zero_copy_only=False)[chosen] for arm in arms)
+        return first, second
+
+    def _paired_binary(self, metric: str, right: BoolArray, still_right: BoolArray) -> Measurement:
+        return PairedBinary(
+            metric=metric,
+            both=int((right & still_right).sum()),
+            reference_only=int((right & ~still_right).sum()),
+            candidate_only=int((~right & still_right).sum()),
+            neither=int((~right & ~still_right).sum()),
+            source=self._source,
+        )
+
+    def _paired_scores(
+        self, metric: str, differences: FloatArray, chosen: BoolArray
+    ) -> Measurement:
+        _, index = np.unique(self._clusters[chosen], return_inverse=True)
+        return Clustered(
+            metric=metric,
+            unit="1",
+            totals=tuple(np.bincount(index, weights=differences)),
+            counts=tuple(int(c) for c in np.bincount(index)),
+            paired=True,
+            source=self._source,
+        )
+
+    def _new_failures(self, metric: str, reference: BoolArray, candidate: BoolArray) -> Measurement:
+        num_valid = int(reference.sum())
+        if not num_valid:
+            reason = "no output of the reference is valid"
+            return Missing(metric=metric, reason=reason, source=self._source)
+        return Binomial(
+            metric=metric,
+            events=int((reference & ~candidate).sum()),
+            trials=num_valid,
+            source=self._source,
+        )

@@ -48,7 +48,13 @@ def ask(url: str, golden: GoldenSet, prompts: list[RenderedPrompt], **more: Any)
 
 def text_choices(body: dict[str, Any]) -> dict[str, Any]:
     found = [
-        {"index": i, "text": f"n{ids[0]}", "finish_reason": "stop", "token_ids": [1, 2]}
+        {
+            "index": i,
+            "text": f"n{ids[0]}",
+            "finish_reason": "stop",
+            "stop_reason": "\n",
+            "token_ids": [1, 2],
+        }
         for i, ids in enumerate(body["prompt"])
     ]
     # Servers may finish in any order.
@@ -69,6 +75,7 @@ def test_answers_come_back_in_the_order_of_the_items_from_groups_of_like_length(
     assert [a.output for a in answers] == [f"n{n}" for n in range(20)]
     assert [a.item_id for a in answers] == [item.id for item in texts.items]
     assert all(a.token_ids == (1, 2) and a.error is None for a in answers)
+    assert {(a.finish_reason, a.stop_reason) for a in answers} == {("stop", "\n")}
     assert sorted(len(body["prompt"]) for body in bodies) == [4, 16]
     assert sum(told) == 20
     # The longest prompts travel together.

@@ -110,10 +110,14 @@ def test_json_fields_needs_a_target_with_fields(
         ({"generation_kwargs": {"max_gen_toks": 0}}, "max_gen_toks"),
         ({"output_type": "multiple_choice"}, "doc_to_choice"),
         ({"surprise": 1}, "surprise"),
-        ({"validity": [{"type": "regex"}]}, "which needs it"),
+        ({"validity": [{"type": "regex"}]}, "needs `pattern`"),
         ({"validity": [{"type": "regex", "pattern": "("}]}, "not a regular expression"),
-        ({"validity": [{"type": "json_schema"}]}, "which needs it"),
-        ({"validity": [{"type": "non_empty", "pattern": "x"}]}, "belongs to type regex"),
+        ({"validity": [{"type": "json_schema"}]}, "needs `schema`"),
+        ({"validity": [{"type": "non_empty", "pattern": "x"}]}, "not for type non_empty"),
+        (
+            {"output_type": "loglikelihood_rolling", "validity": [{"type": "finished"}]},
+            "loglikelihood_rolling generates nothing",
+        ),
         (
             {"validity": [{"type": "json_schema", "schema": {"type": "objekt"}}]},
             "not a JSON schema",
@@ -127,6 +131,27 @@ def test_a_task_that_cannot_be_run_as_written_is_refused(
     with pytest.raises(GoldenSetError, match=r"task\.yaml") as caught:
         load_golden_set(folder)
     assert message in str(caught.value)
+
+
+def test_a_mistake_in_the_task_is_named_with_its_line(write_set: WriteSet) -> None:
+    folder = write_set(ITEM)
+    task = (
+        "task: small\n"
+        "output_type: generate_until\n"
+        "metric_list: [{metric: exact_match}]\n"
+        "validity:\n"
+        "  - {type: finished}\n"
+        "  - {type: script, scripts: [Elvish]}\n"
+        "  - {type: repetition, ngram: 3}\n"
+    )
+    (folder / "task.yaml").write_text(task, encoding="utf-8")
+    with pytest.raises(GoldenSetError) as caught:
+        load_golden_set(folder)
+    first, second = str(caught.value).splitlines()
+    assert first.startswith(f"{folder}/task.yaml:6: validity: `scripts`: 'Elvish' is not")
+    assert second == (
+        f"{folder}/task.yaml:7: validity: type repetition needs `max_share`; write: max_share: 0.5"
+    )
 
 
 def test_prose_needs_neither_target_nor_scorer(write_set: WriteSet) -> None:

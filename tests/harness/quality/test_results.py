@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 
 from quantgate.errors import MeasurementError
-from quantgate.measure import Binomial, Clustered, Measurement, Missing, PairedBinary
+from quantgate.measure import (
+    Binomial,
+    Clustered,
+    ClusteredRatio,
+    Measurement,
+    Missing,
+    PairedBinary,
+)
 from quantgate.quality.answers import Answer
 from quantgate.quality.golden import GoldenSet, load_golden_set
 from quantgate.quality.results import (
@@ -122,7 +129,7 @@ def test_a_fractional_score_is_a_difference_per_cluster(
     half = '{"a": 1, "b": 0}'
     for name, outputs in (("r", [target, target, half]), ("c", [half, target, "no"])):
         write_results(tmp_path / f"{name}.parquet", small, answers(small, outputs))
-    (found,) = reduce_golden_set(
+    found, *_ = reduce_golden_set(
         small, tmp_path / "r.parquet", tmp_path / "c.parquet", source="c.parquet"
     )
     assert isinstance(found, Clustered)
@@ -136,7 +143,7 @@ def test_two_checks_of_one_type_are_numbered(
     checks = [{"type": "regex", "pattern": p} for p in ("a", "b")]
     task = text_task | {"validity": [*checks, {"type": "non_empty"}]}
     small = load_golden_set(write_set({"id": "a", "input": "q", "target": "x"}, task=task))
-    assert metrics_of(small)[1:] == [
+    assert [m for m in metrics_of(small) if "ratio" not in m and m.startswith("validity")] == [
         "validity/small.regex1",
         "validity/small.regex2",
         "validity/small.non_empty",
@@ -179,14 +186,27 @@ def test_items_with_a_tag_are_a_slice_of_their_own(
         {"id": f"i{n}", "input": "q", "target": str(n), "tags": ["noise:typo"] if n < 2 else []}
         for n in range(5)
     ]
-    tagged = load_golden_set(write_set(*lines, task=text_task))
+    checked = text_task | {"validity": [{"type": "regex", "pattern": "[0-9]"}]}
+    tagged = load_golden_set(write_set(*lines, task=checked))
     for name, outputs in (("r", "01234"), ("c", "0x234")):
         write_results(tmp_path / f"{name}.parquet", tagged, answers(tagged, list(outputs)))
     reduced = reduce_golden_set(
         tagged, tmp_path / "r.parquet", tmp_path / "c.parquet", source="c.parquet"
     )
+    assert [m.metric for m in reduced] == metrics_of(tagged)
     found = {m.metric: (m.n, m.reference_only) for m in reduced if isinstance(m, PairedBinary)}
     assert found == {
         "quality/small.exact_match": (5, 1),
         "quality/small.tag-noise-typo.exact_match": (2, 1),
+    }
+    invalid = {m.metric: (m.events, m.trials) for m in reduced if isinstance(m, Binomial)}
+    assert invalid == {
+        "validity/small.regex": (1, 5),
+        "validity/small.tag-noise-typo.regex": (1, 2),
+        "divergence/small.same_answer.rate": (5, 5),
+    }
+    lengths = {m.metric: m.n for m in reduced if isinstance(m, ClusteredRatio)}
+    assert lengths == {
+        "validity/small.output_tokens.ratio": 5,
+        "validity/small.tag-noise-typo.output_tokens.ratio": 2,
     }
