@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 from quantgate.errors import GoldenSetError
 from quantgate.files import sha256_of_json
 from quantgate.quality.validity import ValidityCheck
+from quantgate.quality.words import words_of
 from quantgate.spec import SpecError, read_document
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ TASK_NAME = "task.yaml"
 
 # Names other tools write for the same fields.
 _ALIASES = {"prompt": "input", "ideal": "target", "expected_output": "target"}
+_NEEDED_WORDS = {"rouge1": 1, "rouge2": 2, "rougeL": 1, "token_f1": 1}
+"""Fewer in a target leave a scorer nothing to find."""
 _FIELDS = ("id", "input", "target", "choices", "tags", "cluster", "metadata")
 
 
@@ -46,7 +49,7 @@ class GenerationKwargs(_Strict):
 class MetricSpec(_Strict):
     """One scorer, by its lm-evaluation-harness name."""
 
-    metric: Literal["exact_match", "json_fields"]
+    metric: Literal["exact_match", "json_fields", "rouge1", "rouge2", "rougeL", "token_f1"]
     higher_is_better: Literal[True] = True
 
 
@@ -292,14 +295,26 @@ def _check_target(target: object, choices: tuple[str, ...], task: Task, where: s
         raise GoldenSetError(f"{where}: target has {len(target)} answers; expected one.")
     if not isinstance(target, str) or not target.strip():
         raise GoldenSetError(f"{where}: target is missing or empty; expected the known answer.")
-    if any(spec.metric == "json_fields" for spec in task.metric_list):
-        _check_json_target(target, where)
+    for spec in task.metric_list:
+        if spec.metric == "json_fields":
+            _check_json_target(target, where)
+        elif spec.metric in _NEEDED_WORDS:
+            _check_words(target, spec.metric, where)
     if task.output_type != "multiple_choice":
         return
     if len(choices) < 2 or len(set(choices)) != len(choices):
         raise GoldenSetError(f"{where}: choices must be at least two different strings.")
     if target not in choices:
         raise GoldenSetError(f"{where}: target {target!r} is none of the choices {choices!r}.")
+
+
+def _check_words(target: str, scorer: str, where: str) -> None:
+    found, needed = len(words_of(target)), _NEEDED_WORDS[scorer]
+    if found < needed:
+        raise GoldenSetError(
+            f"{where}: target {target!r:.40} has {found} words, and {scorer} compares at least "
+            f"{needed}: every answer would score 0. Write a longer target, or use exact_match."
+        )
 
 
 def _check_json_target(target: str, where: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -10,6 +12,26 @@ from typing import Any
 
 from quantgate.files import sha256_of_file, sha256_of_json
 from quantgate.quality.golden import Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Module:
+    """Where a scorer's code is: its script, and what else decides a score."""
+
+    script: str
+    modules: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+
+
+_ROUGE = _Module(script="rouge", modules=("words.py",), packages=("rouge-score",))
+_MODULES: Mapping[str, _Module] = {
+    "exact_match": _Module(script="exact_match"),
+    "json_fields": _Module(script="json_fields"),
+    "token_f1": _Module(script="token_f1"),
+    "rouge1": _ROUGE,
+    "rouge2": _ROUGE,
+    "rougeL": _ROUGE,
+}
 
 # Scorers whose every score is 0 or 1: compared as paired proportions.
 BINARY_SCORERS = frozenset({"exact_match"})
@@ -25,17 +47,33 @@ def score_items(scorer: str, outputs: Sequence[str], targets: Sequence[str]) -> 
 
 def scorers_sha256(task: Task) -> str:
     """The version of the scorers a task uses: the digest of their code."""
-    scripts = {spec.metric: sha256_of_file(_script(spec.metric)) for spec in task.metric_list}
-    return sha256_of_json(scripts)
+    return sha256_of_json(
+        {spec.metric: _digest(_MODULES[spec.metric]) for spec in task.metric_list}
+    )
+
+
+def _digest(module: _Module) -> object:
+    script = sha256_of_file(_script(module))
+    if not module.modules and not module.packages:
+        return script
+    return {
+        "script": script,
+        "modules": [sha256_of_file(_root() / name) for name in module.modules],
+        "packages": {name: importlib.metadata.version(name) for name in module.packages},
+    }
 
 
 @cache
 def _load(scorer: str) -> Any:
     import evaluate
 
-    return evaluate.load(str(_script(scorer)), keep_in_memory=True)
+    script = _script(_MODULES[scorer])
+    return evaluate.load(str(script), config_name=scorer, keep_in_memory=True)
 
 
-def _script(scorer: str) -> Path:
-    root = Path(str(resources.files("quantgate.quality"))) / "metrics"
-    return root / scorer / f"{scorer}.py"
+def _script(module: _Module) -> Path:
+    return _root() / "metrics" / module.script / f"{module.script}.py"
+
+
+def _root() -> Path:
+    return Path(str(resources.files("quantgate.quality")))

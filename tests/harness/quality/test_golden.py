@@ -101,6 +101,32 @@ def test_json_fields_needs_a_target_with_fields(
 
 
 @pytest.mark.parametrize(
+    ("scorer", "target", "is_enough"),
+    [
+        ("rouge1", "?!", False),
+        ("rouge1", "no", True),
+        ("rougeL", "—", False),
+        ("rouge2", "no", False),
+        ("rouge2", "no, never", True),
+        ("rouge2", "東京", True),
+        ("token_f1", "...", False),
+        ("token_f1", "no", True),
+    ],
+)
+def test_a_target_without_the_words_that_its_scorer_compares_is_refused(
+    write_set: WriteSet, text_task: dict[str, Any], scorer: str, target: str, is_enough: bool
+) -> None:
+    folder = write_set(
+        ITEM | {"target": target}, task=text_task | {"metric_list": [{"metric": scorer}]}
+    )
+    if is_enough:
+        assert load_golden_set(folder).items[0].target == target
+        return
+    with pytest.raises(GoldenSetError, match=rf"items\.jsonl:1: target .*{scorer} compares"):
+        load_golden_set(folder)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"metric_list": []}, "nothing would be scored"),
