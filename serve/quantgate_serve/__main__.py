@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
@@ -96,6 +97,7 @@ async def _serve(
     from quantgate_serve.http.app import build_app
     from quantgate_serve.http.connection import Connection
     from quantgate_serve.http.service import HttpLimits, Service
+    from quantgate_serve.keys_reload import KeysReload
     from quantgate_serve.reload import Reload
     from quantgate_serve.sharing import Sharing
     from quantgate_serve.tracing import Spans, export_to
@@ -172,13 +174,22 @@ async def _serve(
         # uvicorn raises the signal again once it has drained; by then it means nothing any more.
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGINT, lambda *_: None)
-        watching = None
+        watching = []
+        on_hangup: list[Callable[[], object]] = []
         if arguments.config is not None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.ask)
-            watching = asyncio.create_task(reload.watch())
+            on_hangup.append(reload.ask)
+            watching.append(asyncio.create_task(reload.watch()))
+        if keyring is not None and settings.api_keys is not None:
+            keys = KeysReload(settings.api_keys, keyring)
+            on_hangup.append(keys.ask)
+            watching.append(asyncio.create_task(keys.watch()))
+        if on_hangup:
+            asyncio.get_running_loop().add_signal_handler(
+                signal.SIGHUP, lambda: [ask() for ask in on_hangup]
+            )
         await Server(config).serve(sockets=[listener])
-        if watching is not None:
-            watching.cancel()
+        for task in watching:
+            task.cancel()
     finally:
         await engine.stop()
         if spans is not None:

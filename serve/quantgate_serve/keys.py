@@ -86,10 +86,18 @@ class Keyring:
     """Finds the tenant of a key."""
 
     def __init__(self, file: KeysFile) -> None:
+        self.take(file)
+
+    def take(self, file: KeysFile) -> None:
+        """Hold the keys of `file` from now on, and no others."""
         self.tenants = {tenant.name: tenant for tenant in file.tenants}
         self._by_id = {
             key.id: (key.sha256, tenant) for tenant in file.tenants for key in tenant.keys
         }
+
+    @property
+    def num_keys(self) -> int:
+        return len(self._by_id)
 
     def tenant_of(self, key: str) -> Tenant | None:
         """The tenant that `key` belongs to, or None. Takes the same time for any wrong secret."""
@@ -227,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m quantgate_serve.keys",
-        description="API keys of a server. A running server reads the file when it starts.",
+        description="API keys of a server. A running server follows the file.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     new = commands.add_parser("new", help="make a key for a tenant and show it once")

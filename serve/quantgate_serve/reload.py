@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from quantgate_serve.channel import Loaded
 from quantgate_serve.client import EngineClient, EngineStoppedError, ModelRefusedError
 from quantgate_serve.config import ConfigError, ServerSettings
+from quantgate_serve.file_version import version_of
 from quantgate_serve.vocabulary import Vocabulary
 
 _log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Reload:
         self._watched = watched
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._seen = _identity(watched)
+        self._seen = version_of(watched)
 
     async def now(self) -> Reloaded:
         """Serve what the configuration says; nothing happens if that serves already.
@@ -71,7 +72,7 @@ class Reload:
             ReloadRefusedError: what it says cannot be served.
         """
         async with self._lock:
-            self._seen = _identity(self._watched)
+            self._seen = version_of(self._watched)
             try:
                 reloaded = await self._replace()
             except (
@@ -97,7 +98,7 @@ class Reload:
         """Reload whenever the watched file is another one. What was refused is not tried again."""
         while True:
             await asyncio.sleep(_POLL_S)
-            found = await asyncio.to_thread(_identity, self._watched)
+            found = await asyncio.to_thread(version_of, self._watched)
             if found is not None and found != self._seen and not self._lock.locked():
                 await self._quietly()
 
@@ -137,14 +138,3 @@ def _check_tokenizer(old: Path, new: Path) -> None:
         f"{theirs} is not the tokenizer that serves now ({ours}). "
         "Start the server again to serve a model with another vocabulary."
     )
-
-
-def _identity(path: Path | None) -> tuple[int, int, int] | None:
-    """Tells one version of a file from the next; it is replaced whole, so the inode changes."""
-    if path is None:
-        return None
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size

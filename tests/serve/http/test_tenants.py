@@ -1,5 +1,8 @@
 """API keys at the door: who is let in, and what each key allows."""
 
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -8,10 +11,11 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from quantgate_serve.__main__ import main
-from quantgate_serve.keys import KeysFile, add_key, write_keys
+from quantgate_serve.keys import KeysFile, add_key, revoke_key, write_keys
 
 Serve = Callable[..., AbstractContextManager[str]]
 
@@ -100,3 +104,29 @@ def test_a_keys_file_that_is_missing_is_refused(
     options = ["--model", str(llama_folder), "--api-keys", str(tmp_path / "none.yaml")]
     assert main(options) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_a_server_reads_its_keys_again_on_sighup(serve: Serve, tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    file, old = add_key(KeysFile(), "acme")
+    write_keys(file, path)
+
+    def status(url: str, key: str) -> int:
+        headers = {"authorization": f"Bearer {key}"}
+        return httpx.get(f"{url}/v1/models", headers=headers).status_code
+
+    with serve("--api-keys", str(path)) as url:
+        (server,) = (one for one in psutil.Process().children() if str(path) in one.cmdline())
+        assert status(url, old) == 200
+        file, new = add_key(revoke_key(file, old.split("_")[1]), "acme")
+        write_keys(file, path)
+        os.kill(server.pid, signal.SIGHUP)
+        deadline = time.monotonic() + 10
+        while status(url, new) != 200:
+            assert time.monotonic() < deadline, "the new key was not read"
+            time.sleep(0.02)
+        assert status(url, old) == 401
+        path.write_text("tenants: [")
+        os.kill(server.pid, signal.SIGHUP)
+        time.sleep(0.5)
+        assert status(url, new) == 200
