@@ -110,6 +110,7 @@ def make_plan(request: ReleaseRequest) -> Plan:
             max_batch_size=serving.max_batch_size,
             max_batched_tokens=serving.max_batched_tokens,
             kv_tokens=serving.kv_tokens,
+            caches=serving.caches,
         ),
         runs=request.runs,
     )

@@ -128,6 +128,9 @@ class Serving(SpecModel):
     """None for all cores."""
     timeout: Duration = Quantity(60.0, "s")
     """A request that is not answered in this time has failed."""
+    caches: bool = False
+    """Whether the servers reuse prefixes, join equal requests and keep answers and embeddings. Off,
+    every request is computed, and a figure is the variant's, not its workload's repetition."""
 
 
 class Policy(SpecModel):

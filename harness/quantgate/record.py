@@ -150,6 +150,7 @@ def _record(
         "policy_sha256": verdicts.policy_sha256,
         "verdicts_sha256": digest,
         "source_sha256": state["source"]["sha256"],
+        "server_options": " ".join(state["server_options"]),
         **_machine_tags(state["machine"]),
     }
     approved = [d.variant for d in verdicts.decisions if d.approved]

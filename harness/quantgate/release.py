@@ -73,6 +73,7 @@ def measure_release(request: ReleaseRequest, progress: Progress) -> ReleaseFolde
         machine=describe_machine(),
         source={"name": plan.source.name, "sha256": plan.source.sha256},
         golden_sets={g.name: lock_sha256(g.folder) for g in plan.all_sets},
+        server_options=plan.server.arguments(),
     )
     preflight = check_variants(plan)
     release.update_state(preflight={one.variant: asdict(one) for one in preflight})

@@ -25,6 +25,7 @@ from quantgate.errors import MeasurementError, ServerDied
 _LAST_LOG_LINES = 15
 _POLL_S = 0.05
 _DRAIN_S = 15.0
+_CACHE_MIB = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,8 @@ class ServerOptions:
     kv_tokens: int | None = None
     max_queued_requests: int | None = None
     max_queued_tokens: int | None = None
+    caches: bool = False
+    """False computes every request whole; True keeps and shares what a server can."""
     ready_timeout_s: float = 180.0
 
     def arguments(self) -> list[str]:
@@ -53,10 +56,12 @@ class ServerOptions:
             "--max-queued-tokens": self.max_queued_tokens,
         }
         given = [text for k, v in options.items() if v is not None for text in (k, str(v))]
-        # Every request is computed, whatever the server's defaults are: an arm that finds its
-        # warm-up in a cache, or its twin under way, is not comparable.
-        off = ["--no-prefix-cache", "--no-coalescing"]
-        return [*given, *off, "--response-cache-mib", "0", "--embedding-cache-mib", "0"]
+        # Said either way, whatever the server's defaults are: an arm that finds its warm-up in a
+        # cache, or its twin under way, is not comparable with one that does not.
+        sharing, mib = ("", _CACHE_MIB) if self.caches else ("no-", 0)
+        shared = [f"--{sharing}prefix-cache", f"--{sharing}coalescing"]
+        kept = ["--response-cache-mib", str(mib), "--embedding-cache-mib", str(mib)]
+        return [*given, *shared, *kept]
 
 
 class Server:

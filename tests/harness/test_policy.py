@@ -71,6 +71,15 @@ def test_what_is_not_written_has_the_documented_default(tmp_path: Path) -> None:
     policy = load_policy(written(tmp_path, GOOD))
     assert (policy.device, policy.reference, policy.champion) == ("auto", "source", "bf16")
     assert policy.serving.timeout == Quantity(60.0, "s")
+    assert policy.serving.caches is False
+
+
+def test_caches_are_on_where_the_policy_says_so(tmp_path: Path) -> None:
+    policy = load_policy(written(tmp_path, "serving: {caches: on}\n" + GOOD))
+    assert policy.serving.caches is True
+    assert "caches is 64; expected true or false" in refusal(
+        tmp_path, "serving: {caches: 64}\n" + GOOD
+    )
 
 
 def test_a_gate_without_a_confidence_takes_the_policys(tmp_path: Path) -> None:

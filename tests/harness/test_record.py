@@ -46,6 +46,12 @@ def test_a_release_is_one_parent_with_one_child_per_variant(
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
 
 
+def test_how_the_servers_were_started_is_recorded(runs: dict[str, Any]) -> None:
+    options = {run.data.tags["server_options"] for run in runs.values()}
+    assert len(options) == 1
+    assert "--no-prefix-cache --no-coalescing --response-cache-mib 0" in options.pop()
+
+
 def test_verdicts_are_tags_that_can_be_searched(
     runs: dict[str, Any], mini_release: ReleaseResult
 ) -> None:

@@ -7,8 +7,11 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quantgate.errors import MeasurementError, ServerDied
 from quantgate.server import Server, ServerOptions, last_lines, parse_counters, running_server
@@ -40,6 +43,48 @@ def test_options_that_are_none_are_left_to_the_server() -> None:
     off = ["--no-prefix-cache", "--no-coalescing"]
     off += ["--response-cache-mib", "0", "--embedding-cache-mib", "0"]
     assert options.arguments() == [*given, *off]
+
+
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "device": st.sampled_from(["cpu", "cuda:0"]),
+        "dtype": st.sampled_from(["float32", "bfloat16"]),
+        **{
+            name: st.integers(1, 1 << 20)
+            for name in ("threads", "max_batch_size", "max_batched_tokens", "kv_tokens")
+        },
+    },
+)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(options=OPTIONS)
+def test_nothing_but_caches_itself_turns_a_cache_on(options: dict[str, Any]) -> None:
+    given_off = ServerOptions(**options).arguments()
+    for flag in ("--no-prefix-cache", "--no-coalescing"):
+        assert flag in given_off
+    for flag in ("--response-cache-mib", "--embedding-cache-mib"):
+        assert given_off[given_off.index(flag) + 1] == "0"
+    given_on = ServerOptions(**options, caches=True).arguments()
+    assert not any(argument.startswith("--no-") for argument in given_on)
+    for flag in ("--response-cache-mib", "--embedding-cache-mib"):
+        assert float(given_on[given_on.index(flag) + 1]) > 0
+
+
+@pytest.mark.parametrize("caches", [False, True])
+def test_a_server_answers_from_its_cache_only_where_caches_are_on(
+    caches: bool, tmp_path: Path
+) -> None:
+    options = ServerOptions(threads=1, kv_tokens=1024, caches=caches)
+    with running_server(demo_folder(), log=tmp_path / "server.log", options=options) as server:
+        body = json.dumps({"prompt": [5, 6], "max_tokens": 3, "temperature": 0}).encode()
+        request = urllib.request.Request(f"{server.url}/v1/completions", data=body)
+        origins = []
+        for _ in range(2):
+            with urllib.request.urlopen(request, timeout=60) as response:
+                origins.append(response.headers["x-cache"])
+        assert origins == [None, "hit" if caches else None]
 
 
 def test_a_real_server_starts_answers_is_watched_and_ends(tmp_path: Path) -> None:
