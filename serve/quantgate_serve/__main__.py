@@ -7,9 +7,11 @@ configuration or an argument is refused.
 
 import argparse
 import asyncio
+import gc
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -29,6 +31,8 @@ from quantgate_serve.config import (
 )
 from quantgate_serve.keys import Keyring, KeysError, read_keys
 from quantgate_serve.request import Request
+
+_MAX_FILES = 65_536
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     from quantgate_serve.client import EngineStoppedError, ModelRefusedError
     from quantgate_serve.tracing import TracingUnavailableError
 
+    _allow_many_connections()
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     # asyncio sets TCP_NODELAY only where the protocol is named. Without it every answer after a
     # connection's first waits for the client's delayed acknowledgement: 40 ms.
@@ -187,6 +192,9 @@ async def _serve(
             asyncio.get_running_loop().add_signal_handler(
                 signal.SIGHUP, lambda: [ask() for ask in on_hangup]
             )
+        # What has been loaded stays; a collection that a large body sets off need not look at it.
+        gc.collect()
+        gc.freeze()
         await Server(config).serve(sockets=[listener])
         for task in watching:
             task.cancel()
@@ -196,6 +204,14 @@ async def _serve(
             await asyncio.to_thread(spans.close)
     if engine.failure is not None:
         raise engine.failure
+
+
+def _allow_many_connections() -> None:
+    """Each connection is a file; 1,024, the usual soft limit, are soon taken by idle ones."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(_MAX_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _cache(max_mib: float, settings: ServerSettings) -> BoundedCache[Request]:

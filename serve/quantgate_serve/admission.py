@@ -36,6 +36,10 @@ class RequestTooLongError(Exception):
     """Prompt and max_tokens can never fit."""
 
 
+class TooManyAtOnceError(Exception):
+    """More requests in one go than an empty queue takes."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
     """What the engine takes on. `max_request_tokens` is the smaller of context and KV pool."""
@@ -94,6 +98,7 @@ class Admission:
 
         Raises:
             RequestTooLongError: one can never fit.
+            TooManyAtOnceError: together they can never fit.
             QueueFullError: too much is queued already, or the deadline would pass in the queue.
         """
         if not requests:
@@ -140,6 +145,12 @@ class Admission:
         limits, priority, tenant = self.limits, requests[0].priority, requests[0].tenant
         load = self._loads[priority]
         count, tokens = len(requests), sum(request.cost for request in requests)
+        most = self._room(priority, limits.max_queued_requests, dict.fromkeys(Priority, 0))
+        if count > most:
+            raise TooManyAtOnceError(
+                f"{count} answers are asked for at once, and the queue takes at most {most} of "
+                f"class {priority.label}. Send fewer prompts, or a smaller n, in one request."
+            )
         request_room = self._room(
             priority, limits.max_queued_requests, {p: x.requests for p, x in self._loads.items()}
         )

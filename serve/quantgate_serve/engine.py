@@ -26,6 +26,7 @@ from quantgate_serve.request import (
 from quantgate_serve.runner import ChunkResult, Runner
 from quantgate_serve.scheduler import Chunk, Scheduler
 from quantgate_serve.step_meter import StepMeter
+from quantgate_serve.structured import GrammarError
 
 _log = logging.getLogger(__name__)
 
@@ -189,7 +190,8 @@ class Engine:
             self.metrics.oom += 1
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        else:
+        # A client's schema that asks for more work than is allowed is no failure of the engine.
+        elif not isinstance(error, GrammarError):
             self.metrics.step_errors += 1
             _log.error("a step of %d requests failed", len(plan), exc_info=error)
         if len(plan) == 1:
@@ -306,6 +308,8 @@ def _request_error(error: Exception, *, is_oom: bool) -> RequestError:
             "affected; the variant should be measured again.",
             "non_finite_logits",
         )
+    if isinstance(error, GrammarError):
+        return RequestError(f"response_format: {error}", "grammar_too_complex")
     if is_oom:
         return RequestError(
             "out of memory: this request does not fit even alone. Shorten it.", "out_of_memory"

@@ -16,7 +16,11 @@ from time import monotonic
 
 import torch
 
-from quantgate_serve.admission import QueueFullError, RequestTooLongError
+from quantgate_serve.admission import (
+    QueueFullError,
+    RequestTooLongError,
+    TooManyAtOnceError,
+)
 from quantgate_serve.channel import (
     Abort,
     Channel,
@@ -146,7 +150,7 @@ class EngineHost:
         try:
             self._engine.submit(requests)
         # The front counts the same queue a moment later, so it has refused these already.
-        except (RequestTooLongError, QueueFullError) as error:
+        except (RequestTooLongError, TooManyAtOnceError, QueueFullError) as error:
             for request in requests:
                 request.error = RequestError(str(error), "engine_error")
                 request.finish_reason = FinishReason.ERROR

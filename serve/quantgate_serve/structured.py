@@ -4,6 +4,9 @@ llguidance is an optional dependency (extra `structured`). The engine's part is 
 """
 
 import json
+import math
+from collections.abc import Iterable, Iterator
+from decimal import Decimal
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -12,6 +15,9 @@ from typing import Any
 # of blanks, as JSON allows, some models write nothing else until max_tokens.
 _WHITESPACE = r"( |\n[ ]{0,16})?"
 _MAX_SCHEMA_CHARS = 100_000
+# A number's digits are followed with a state for each remainder, which no limit of llguidance's
+# covers: 100,003 take its first step up to 3 s, ten million never end. 10,007 take 0.06 s.
+_MAX_DIVISOR = 10_000
 _MAX_GRAMMARS = 64
 
 
@@ -43,13 +49,38 @@ def json_grammar(schema: dict[str, Any]) -> str:
         )
     try:
         text = json.dumps(schema)
+        divisor = math.lcm(*_divisors(schema))
     except RecursionError as error:
         raise GrammarError("the schema is nested too deeply.") from error
     if len(text) > _MAX_SCHEMA_CHARS:
         raise GrammarError(
             f"the schema has {len(text)} characters, the limit is {_MAX_SCHEMA_CHARS}."
         )
+    if divisor > _MAX_DIVISOR:
+        raise GrammarError(
+            "multipleOf: its values (as integers, without factors of 2 and 5) have a least common "
+            f"multiple above {_MAX_DIVISOR}, which takes too long to follow."
+        )
     return _checked_grammar(text)
+
+
+def _divisors(schema: object) -> Iterator[int]:
+    """What each multipleOf asks for; a power of ten only shifts the point."""
+    inner: Iterable[object] = ()
+    if isinstance(schema, dict):
+        inner = schema.values()
+        value = schema.get("multipleOf")
+        is_number = type(value) is int or (isinstance(value, float) and math.isfinite(value))
+        if is_number and value:
+            digits = int("".join(map(str, Decimal(str(value)).as_tuple().digits)))
+            for factor in (2, 5):
+                while digits % factor == 0:
+                    digits //= factor
+            yield digits
+    elif isinstance(schema, list):
+        inner = schema
+    for one in inner:
+        yield from _divisors(one)
 
 
 @lru_cache(maxsize=_MAX_GRAMMARS)

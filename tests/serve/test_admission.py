@@ -7,6 +7,7 @@ from quantgate_serve.admission import (
     AdmissionLimits,
     QueueFullError,
     RequestTooLongError,
+    TooManyAtOnceError,
 )
 from quantgate_serve.request import Priority, Request, SamplingParams
 
@@ -52,6 +53,15 @@ def test_one_class_alone_fills_what_is_not_kept_for_the_others(
     admission = make_admission()
     assert fill(admission, priority).reason == "queued_requests"
     assert admission.num_requests == expected
+
+
+@pytest.mark.parametrize(("priority", "most"), [(INTERACTIVE, 60), (NORMAL, 50), (BULK, 50)])
+def test_what_an_empty_queue_would_not_take_is_told_not_to_come_back(
+    priority: Priority, most: int
+) -> None:
+    make_admission().enter([request_of(priority)] * most)
+    with pytest.raises(TooManyAtOnceError, match=f"{most + 1} answers .* at most {most} of class"):
+        make_admission().enter([request_of(priority)] * (most + 1))
 
 
 def test_whatever_fills_the_queue_each_class_finds_its_part() -> None:

@@ -1,5 +1,6 @@
 """Constrained decoding: what comes out is valid, whatever the model would rather say."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,29 @@ ORDER = {
 def ask(grammar: str, prompt: list[int], **params: Any) -> Request:
     values = {"max_tokens": 200, "temperature": 1.0, "grammar": grammar} | params
     return Request(prompt, SamplingParams(**values), eos_ids=frozenset({1}))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"multipleOf": 999_999_937},  # kept the engine busy until its supervisor killed it
+        {"type": "integer", "multipleOf": 10_007},
+        {"type": "number", "multipleOf": 1.0007e-3},
+        {"anyOf": [{"multipleOf": 10**4000 + 1}, {"multipleOf": 10**4100 + 1}]},
+        {"allOf": [{"type": "integer", "multipleOf": 101}, {"multipleOf": 103}]},
+    ],
+)
+def test_divisors_that_take_too_many_states_are_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(GrammarError, match=r"multipleOf: .* above 10000"):
+        json_grammar(schema)
+
+
+@pytest.mark.parametrize(
+    "divisor", [1, 7, 9_973, 0.01, 1000, 1_000_000_000, 2**40, 1e308, -0.0, True]
+)
+def test_other_divisors_are_left_to_the_library(divisor: float) -> None:
+    with contextlib.suppress(GrammarError):
+        json_grammar({"type": "number", "multipleOf": divisor})
 
 
 def test_every_sample_of_a_random_model_is_valid(

@@ -20,8 +20,9 @@ from quantgate_serve.http.service import Service
 
 def build_app(service: Service) -> FastAPI:
     """The ASGI application over `service`."""
-    # FastAPI's own documentation pages load scripts from elsewhere.
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    # FastAPI's own documentation pages load scripts from elsewhere. A redirect to a path without
+    # the slash would name the host that the client claims to ask.
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
     _add_probes(app, service)
     _add_api(app, service)
     _add_error_forms(app)

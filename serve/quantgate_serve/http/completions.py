@@ -4,7 +4,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from quantgate_serve.http import exchange, responses, sse
-from quantgate_serve.http.protocol import CompletionBody, parse_prompts
+from quantgate_serve.http.prompts import parse_prompts
+from quantgate_serve.http.protocol import CompletionBody
 from quantgate_serve.http.service import Service
 
 
@@ -19,21 +20,25 @@ async def completions(service: Service, http: HttpRequest) -> Response:
         form = sse.CompletionForm(service.vocabulary, body, service.model_name)
         return sse.EventStream(service.sharing, requests, form, usage_choices=body.usage_choices)
     await exchange.complete(service.sharing, requests, http)
-    choices = [
-        responses.completion_choice(
-            request,
-            service.vocabulary,
-            index=index,
-            echo=body.echo,
-            return_token_ids=body.return_token_ids,
+
+    def answer() -> Response:
+        choices = [
+            responses.completion_choice(
+                request,
+                service.vocabulary,
+                index=index,
+                echo=body.echo,
+                return_token_ids=body.return_token_ids,
+            )
+            for index, request in enumerate(requests)
+        ]
+        return responses.answer(
+            choices,
+            requests,
+            prefix="cmpl",
+            kind="text_completion",
+            model_name=service.model_name,
+            num_choices=body.n,
         )
-        for index, request in enumerate(requests)
-    ]
-    return responses.answer(
-        choices,
-        requests,
-        prefix="cmpl",
-        kind="text_completion",
-        model_name=service.model_name,
-        num_choices=body.n,
-    )
+
+    return await service.build(answer, requests)

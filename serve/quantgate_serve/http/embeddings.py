@@ -8,7 +8,8 @@ from starlette.responses import JSONResponse, Response
 
 from quantgate_serve.http import exchange, responses
 from quantgate_serve.http.errors import invalid
-from quantgate_serve.http.protocol import EmbeddingBody, parse_prompts
+from quantgate_serve.http.prompts import parse_prompts
+from quantgate_serve.http.protocol import EmbeddingBody
 from quantgate_serve.http.service import Service
 
 

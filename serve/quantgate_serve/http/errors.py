@@ -16,6 +16,11 @@ _TYPES = {
 }
 
 
+# What is wrong may be as long as the body; of a name or a value that much is enough to find it.
+_MAX_MESSAGE_CHARS = 1000
+_MAX_PARAM_CHARS = 200
+
+
 class ApiError(Exception):
     """A request that gets an error instead of an answer."""
 
@@ -29,10 +34,11 @@ class ApiError(Exception):
         headers: dict[str, str] | None = None,
         retry_after_s: int | None = None,
     ) -> None:
+        message = _shortened(message, _MAX_MESSAGE_CHARS)
         super().__init__(message)
         self.status = status
         self.message = message
-        self.param = param
+        self.param = None if param is None else _shortened(param, _MAX_PARAM_CHARS)
         self.code = code
         self.headers = dict(headers or {})
         if retry_after_s is not None:
@@ -54,5 +60,9 @@ class ApiError(Exception):
 
 def invalid(param: str | None, message: str) -> ApiError:
     """A 400 about one value; `message` says what was expected."""
-    text = message if param is None else f"{param}: {message}"
+    text = message if param is None else f"{_shortened(param, _MAX_PARAM_CHARS)}: {message}"
     return ApiError(400, text, param=param, code="invalid_value")
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING
 
 from starlette.requests import Request as HttpRequest
 
-from quantgate_serve.admission import QueueFullError, RequestTooLongError
+from quantgate_serve.admission import (
+    QueueFullError,
+    RequestTooLongError,
+    TooManyAtOnceError,
+)
 from quantgate_serve.client import EngineStoppedError
 from quantgate_serve.http.errors import ApiError
 from quantgate_serve.request import Delta, Request
@@ -20,7 +24,12 @@ if TYPE_CHECKING:
 
 
 # Of what may end a request; 500 for the rest.
-_STATUS_OF = {"out_of_memory": 507, "deadline_exceeded": 504, "engine_failed": 503}
+_STATUS_OF = {
+    "grammar_too_complex": 400,
+    "out_of_memory": 507,
+    "deadline_exceeded": 504,
+    "engine_failed": 503,
+}
 
 
 class ClientGoneError(Exception):
@@ -87,6 +96,8 @@ def submit(engine: Sharing, requests: Sequence[Request]) -> None:
         engine.submit(requests)
     except RequestTooLongError as error:
         raise ApiError(400, str(error), code="context_length_exceeded") from error
+    except TooManyAtOnceError as error:
+        raise ApiError(400, str(error), code="too_many_at_once") from error
     except EngineStoppedError as error:
         raise ApiError(503, str(error), code="engine_failed", retry_after_s=1) from error
     except QueueFullError as error:

@@ -75,7 +75,7 @@ def _post(summary: str, body: type[BaseModel], answer: type[BaseModel]) -> Json:
             _parameter(
                 "x-request-deadline-ms",
                 "header",
-                {"type": "number", "exclusiveMinimum": 0, "maximum": 86_400_000},
+                {"type": "number", "minimum": 1, "maximum": 86_400_000},
             )
         ],
         "requestBody": {

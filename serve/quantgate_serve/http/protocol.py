@@ -6,7 +6,6 @@ number. The models also describe the bodies in /openapi.json.
 """
 
 import random
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -16,33 +15,44 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic.config import JsonDict
 
 from quantgate_serve.http.errors import ApiError, invalid
 from quantgate_serve.http.json_body import parse_object
+from quantgate_serve.http.prompts import MAX_PROMPTS, integral
 from quantgate_serve.keys import PriorityName
 from quantgate_serve.request import SamplingParams
 from quantgate_serve.structured import GrammarError, StructuredMissingError, json_grammar
 
-MAX_PROMPTS = 2048
+# Log-probabilities in one answer, over all its choices and positions. Each takes some 130 bytes
+# until the answer is written.
+MAX_LOGPROB_VALUES = 1 << 19
 _MAX_LOGPROBS = 20
 _MAX_CHOICES = 64
+_MAX_KEYS = 1024
 _INT64 = 1 << 63
 # pydantic's names for the members of a union of a string and a list.
 _UNION_FORMS = ("str", "constrained-str")
 
 
-def _integral(value: object) -> object:
-    """JSON has one kind of number: 5.0 is the integer 5."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _bounded(value: object) -> object:
+    """Refuse a large object before its values are looked at: each wrong one would be noted."""
+    if isinstance(value, dict) and len(value) > _MAX_KEYS:
+        raise ValueError(f"{len(value)} keys, the limit is {_MAX_KEYS}")
+    return value
 
 
-Int = Annotated[int, BeforeValidator(_integral)]
+Int = Annotated[int, BeforeValidator(integral)]
 # A stop string is compared with the end of the text at every token, so its length is bounded.
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
-StopStrings = Annotated[list[StopString], Field(max_length=16)]
+StopStrings = Annotated[list[StopString], Field(max_length=16, fail_fast=True)]
+# How the description says that a feature is known and must stay off.
+_ZERO: JsonDict = {"type": "number", "const": 0}
+_ONE: JsonDict = {"type": "number", "const": 1}
+_EMPTY_OBJECT: JsonDict = {"type": "object", "maxProperties": 0}
 _PROMPT_FORMS: JsonDict = {
     "anyOf": [
         {"type": "string", "minLength": 1},
@@ -123,19 +133,37 @@ class GenerationBody(RequestBody):
     response_format: ResponseFormat | None = None
     ignore_eos: bool = False
     return_token_ids: bool = False
-    logprob_token_ids: list[Int] | None = Field(default=None, max_length=1024)
-    # Known, and only accepted at the values that change nothing.
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
-    min_p: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logprob_token_ids: Annotated[list[Int], Field(max_length=1024, fail_fast=True)] | None = None
+    # Known, and only accepted at the values that change nothing (see _refuse_unsupported).
+    frequency_penalty: Annotated[float, WithJsonSchema(_ZERO)] | None = None
+    presence_penalty: Annotated[float, WithJsonSchema(_ZERO)] | None = None
+    repetition_penalty: Annotated[float, WithJsonSchema(_ONE)] | None = None
+    min_p: Annotated[float, WithJsonSchema(_ZERO)] | None = None
+    logit_bias: (
+        Annotated[dict[str, float], BeforeValidator(_bounded), WithJsonSchema(_EMPTY_OBJECT)] | None
+    ) = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the best tokens are wanted at each position beside the chosen one."""
+        return None
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's own log-probabilities are wanted."""
+        return False
+
+    @property
+    def logprobs_per_position(self) -> int:
+        """The chosen token's, the best ones' and those of the ids that are asked for."""
+        best = 0 if self.num_logprobs is None else self.num_logprobs + 1
+        return best + len(self.logprob_token_ids or ())
 
     @property
     def usage_choices(self) -> int | None:
@@ -152,8 +180,16 @@ class CompletionBody(GenerationBody):
     logprobs: Int | None = Field(default=None, ge=0, le=_MAX_LOGPROBS)
     echo: bool = False
     best_of: Int | None = None
-    suffix: str | None = None
+    suffix: Annotated[str, WithJsonSchema({"type": "string", "maxLength": 0})] | None = None
     add_special_tokens: bool = True
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.echo and self.logprobs is not None
 
 
 class TextPart(_Body):
@@ -169,18 +205,36 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: str
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+
+
+def _bounded_parts(messages: object) -> object:
+    """Refuse more parts in all than messages are allowed, before any of them is looked at."""
+    if isinstance(messages, list):
+        contents = [one.get("content") for one in messages if isinstance(one, dict)]
+        count = sum(len(content) for content in contents if isinstance(content, list))
+        if count > MAX_PROMPTS:
+            raise ValueError(f"{count} parts of contents, the limit is {MAX_PROMPTS}")
+    return messages
 
 
 class ChatBody(GenerationBody):
     """The body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_PROMPTS)
+    messages: Annotated[
+        list[Message],
+        Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True),
+        BeforeValidator(_bounded_parts),
+    ]
     max_tokens: Int | None = Field(default=None, ge=1)
     max_completion_tokens: Int | None = Field(default=None, ge=1)
     logprobs: bool = False
     top_logprobs: Int | None = Field(default=None, ge=0, le=_MAX_LOGPROBS)
-    tools: list[Any] | None = None
+    tools: Annotated[list[Any], WithJsonSchema({"type": "array", "maxItems": 0})] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class EmbeddingBody(RequestBody):
@@ -194,14 +248,6 @@ class EmbeddingBody(RequestBody):
 
 
 Body = TypeVar("Body", bound=RequestBody)
-
-
-@dataclass(frozen=True, slots=True)
-class Prompts:
-    """Prompts as they came: all texts or all token ids."""
-
-    texts: list[str] | None
-    token_ids: list[list[int]] | None
 
 
 def parse_body(schema: type[Body], raw: bytes) -> Body:
@@ -223,34 +269,6 @@ def parse_body(schema: type[Body], raw: bytes) -> Body:
     return body
 
 
-def parse_prompts(prompt: Any, *, vocab_size: int, param: str = "prompt") -> Prompts:
-    """A string, strings, token ids or lists of token ids.
-
-    Raises:
-        ApiError: 400, anything else, or an id that is not in the vocabulary.
-    """
-    if isinstance(prompt, str):
-        return Prompts([prompt], None)
-    if not isinstance(prompt, list) or not prompt:
-        raise invalid(
-            param, "expected a string, a list of strings, token ids, or a list of lists of them."
-        )
-    if all(isinstance(item, str) for item in prompt):
-        _check_count(prompt, param)
-        return Prompts(prompt, None)
-    lists = [prompt] if not isinstance(prompt[0], list) else prompt
-    _check_count(lists, param)
-    for ids in lists:
-        if not isinstance(ids, list) or not all(type(_integral(token)) is int for token in ids):
-            raise invalid(
-                param, "a list must hold only strings, only token ids, or only lists of these."
-            )
-    lists = [[int(token) for token in ids] for ids in lists]
-    for ids in lists:
-        check_token_ids(ids, param=param, vocab_size=vocab_size)
-    return Prompts(None, lists)
-
-
 def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
     """Messages as a chat template reads them, their content one text."""
     result = []
@@ -260,15 +278,6 @@ def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
             content = "".join(part.text for part in content)
         result.append((message.model_extra or {}) | {"role": message.role, "content": content})
     return result
-
-
-def check_token_ids(ids: list[int], *, param: str, vocab_size: int) -> None:
-    """Refuse ids outside the vocabulary with a 400."""
-    if not ids:
-        raise invalid(param, "no token ids were given.")
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise invalid(param, f"token id {wrong} is not in the vocabulary (0 to {vocab_size - 1}).")
 
 
 def parse_grammar(body: GenerationBody) -> str | None:
@@ -293,6 +302,21 @@ def parse_grammar(body: GenerationBody) -> str | None:
         raise invalid("response_format", str(error)) from error
 
 
+def check_logprobs(body: GenerationBody, *, num_prompts: int, scored: int, max_tokens: int) -> None:
+    """Refuse with a 400 what would take more memory than others can spare.
+
+    `scored` is the number of prompt tokens whose own log-probabilities are wanted.
+    """
+    positions = body.n * (scored + max_tokens * num_prompts)
+    values = positions * body.logprobs_per_position
+    if values > MAX_LOGPROB_VALUES:
+        raise invalid(
+            "logprob_token_ids" if body.num_logprobs is None else "logprobs",
+            f"{body.logprobs_per_position} at each of {positions} positions are {values}, "
+            f"the limit is {MAX_LOGPROB_VALUES}. Ask for fewer, or send fewer prompts at once.",
+        )
+
+
 def sampling_params(
     body: GenerationBody,
     *,
@@ -302,12 +326,6 @@ def sampling_params(
     grammar: str | None = None,
 ) -> SamplingParams:
     """Parameters of one of the body's `n` choices, each with a seed of its own."""
-    if isinstance(body, CompletionBody):
-        num_logprobs, wants_prompt = body.logprobs, body.echo and body.logprobs is not None
-    elif isinstance(body, ChatBody):
-        num_logprobs, wants_prompt = (body.top_logprobs or 0) if body.logprobs else None, False
-    else:
-        raise TypeError(f"{type(body).__name__} asks for no tokens")
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=body.temperature,
@@ -316,8 +334,8 @@ def sampling_params(
         seed=base_seed + choice,
         stop=body.stop_strings,
         ignore_eos=body.ignore_eos,
-        num_logprobs=num_logprobs,
-        prompt_logprobs=wants_prompt,
+        num_logprobs=body.num_logprobs,
+        prompt_logprobs=body.scores_prompt,
         logprob_token_ids=tuple(body.logprob_token_ids or ()),
         grammar=grammar,
     )
@@ -350,11 +368,6 @@ def _refuse_unsupported(body: GenerationBody) -> None:
         raise invalid("stream_options", "needs stream to be true.")
     if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
         raise invalid("top_logprobs", "needs logprobs to be true.")
-
-
-def _check_count(prompts: list[Any], param: str) -> None:
-    if len(prompts) > MAX_PROMPTS:
-        raise invalid(param, f"{len(prompts)} prompts, the limit is {MAX_PROMPTS}.")
 
 
 def _place(loc: tuple[int | str, ...]) -> str | None:

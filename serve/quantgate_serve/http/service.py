@@ -1,13 +1,15 @@
 """What the routes share: one engine, one vocabulary, the tenants, the limits of a body."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter, perf_counter_ns
 from typing import TypeVar
 
 from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
 
 from quantgate_serve.channel import Loaded
 from quantgate_serve.client import EngineClient
@@ -15,15 +17,14 @@ from quantgate_serve.detokenize import TextStream
 from quantgate_serve.exposition import Exposition
 from quantgate_serve.http import responses
 from quantgate_serve.http.errors import ApiError, invalid
+from quantgate_serve.http.prompts import MAX_PROMPTS, Prompts, check_token_ids, encode_texts
 from quantgate_serve.http.protocol import (
-    MAX_PROMPTS,
     Body,
     ChatBody,
     CompletionBody,
     GenerationBody,
-    Prompts,
     RequestBody,
-    check_token_ids,
+    check_logprobs,
     choose_seed,
     parse_body,
     parse_grammar,
@@ -37,6 +38,8 @@ from quantgate_serve.sharing import Sharing
 from quantgate_serve.vocabulary import Vocabulary
 
 DEADLINE_HEADER = "x-request-deadline-ms"
+# Positions with log-probabilities that are written into an answer on the event loop: some 5 ms.
+_ENTRIES_AT_ONCE = 256
 Result = TypeVar("Result")
 
 
@@ -144,14 +147,15 @@ class Service:
     async def encode(
         self, prompts: Prompts, *, add_special_tokens: bool, param: str
     ) -> list[list[int]]:
-        """Token ids of each prompt; empty prompts are refused with a 400."""
+        """Token ids of each prompt; empty and hopelessly long ones are refused with a 400."""
         if prompts.texts is None:
             return prompts.token_ids or []
-        texts = prompts.texts
         started = perf_counter()
-        encode = self.vocabulary.encode
-        found = await self.in_thread(
-            lambda: [encode(text, add_special_tokens=add_special_tokens) for text in texts]
+        found = await encode_texts(
+            prompts.texts,
+            partial(self.vocabulary.encode, add_special_tokens=add_special_tokens),
+            in_thread=self.in_thread,
+            max_tokens=self.engine.limits.max_request_tokens,
         )
         self.engine.front.tokenize_s.observe(perf_counter() - started)
         for ids in found:
@@ -172,6 +176,11 @@ class Service:
     async def in_thread(self, work: Callable[[], Result]) -> Result:
         """Do `work` beside the event loop, one piece after another."""
         return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, work)
+
+    async def build(self, work: Callable[[], Response], requests: Sequence[Request]) -> Response:
+        """The answer that `work` makes: here, or where it takes long beside the event loop."""
+        entries = sum(len(request.logprobs) + len(request.prompt_logprobs) for request in requests)
+        return work() if entries <= _ENTRIES_AT_ONCE else await asyncio.to_thread(work)
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.model_name:
@@ -198,6 +207,8 @@ class Service:
             )
         if len(prompts) * body.n > MAX_PROMPTS:
             raise invalid("n", f"{len(prompts)} prompts times {body.n}: limit {MAX_PROMPTS}.")
+        scored = sum(map(len, prompts)) if body.scores_prompt else 0
+        check_logprobs(body, num_prompts=len(prompts), scored=scored, max_tokens=max_tokens)
         seed = choose_seed(body.seed)
         result = []
         for ids in prompts:

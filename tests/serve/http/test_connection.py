@@ -1,10 +1,11 @@
 """Slow, odd and vanishing clients: each is answered or cut off, and the others are served."""
 
 import json
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 
 import httpx
 import pytest
@@ -132,6 +133,30 @@ def running(url: str) -> float:
     return next(
         float(line.split()[-1]) for line in lines if line.startswith("quantgate_num_requests_run")
     )
+
+
+@pytest.fixture
+def allow_files() -> Iterator[Callable[[int], None]]:
+    """Sets how many files this process, and those that it starts from then on, may open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def allow(count: int) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+
+    yield allow
+    allow(soft)
+
+
+def test_more_idle_connections_than_the_usual_limit_of_files_stop_nobody(
+    serve: Serve, allow_files: Callable[[int], None]
+) -> None:
+    allow_files(1024)
+    with serve("--headers-timeout-s", "60") as url, ExitStack() as idle:
+        allow_files(2048)
+        for _ in range(1200):
+            idle.enter_context(connect(url))
+        asked = {"prompt": [5, 6], "max_tokens": 1}
+        assert httpx.post(f"{url}/v1/completions", json=asked, timeout=10).status_code == 200
 
 
 def test_a_request_s_id_comes_back_and_a_strange_one_is_replaced(url: str) -> None:

@@ -7,10 +7,11 @@ import pytest
 
 from quantgate_serve.http.errors import ApiError
 from quantgate_serve.http.protocol import (
+    MAX_LOGPROB_VALUES,
     ChatBody,
     CompletionBody,
+    check_logprobs,
     parse_body,
-    parse_prompts,
     plain_messages,
     sampling_params,
 )
@@ -110,29 +111,6 @@ def test_neutral_values_of_missing_features_are_accepted() -> None:
     assert body.n == 1
 
 
-@pytest.mark.parametrize(
-    ("prompt", "texts", "token_ids"),
-    [
-        ("a", ["a"], None),
-        (["a", "b"], ["a", "b"], None),
-        ([1, 2], None, [[1, 2]]),
-        ([[1], [2, 3]], None, [[1], [2, 3]]),
-    ],
-)
-def test_a_prompt_has_four_forms(prompt: Any, texts: Any, token_ids: Any) -> None:
-    prompts = parse_prompts(prompt, vocab_size=10)
-    assert (prompts.texts, prompts.token_ids) == (texts, token_ids)
-
-
-@pytest.mark.parametrize(
-    "prompt", [[], [[]], [1, "a"], [[1], "a"], [[True]], {}, 3, None, [10], [-1], [[1.5]]]
-)
-def test_any_other_prompt_is_a_400(prompt: Any) -> None:
-    with pytest.raises(ApiError) as caught:
-        parse_prompts(prompt, vocab_size=10)
-    assert (caught.value.status, caught.value.param) == (400, "prompt")
-
-
 def test_each_choice_has_its_own_seed() -> None:
     body = completion(seed=7, n=2, echo=True, logprobs=1, stop="x")
     first, second = (
@@ -179,3 +157,37 @@ def test_a_message_without_role_and_text_is_a_400(message: Any, param: str) -> N
     with pytest.raises(ApiError) as caught:
         chat(message)
     assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_log_probabilities_are_counted_over_choices_positions_and_ids() -> None:
+    scored = completion(logprobs=1, echo=True, max_tokens=0)
+    check_logprobs(scored, num_prompts=64, scored=MAX_LOGPROB_VALUES // 2, max_tokens=0)
+    with pytest.raises(ApiError, match="2 at each of 262145 positions are 524290") as caught:
+        check_logprobs(scored, num_prompts=64, scored=MAX_LOGPROB_VALUES // 2 + 1, max_tokens=0)
+    assert (caught.value.status, caught.value.param) == (400, "logprobs")
+
+    by_id = completion(n=4, logprob_token_ids=list(range(1024)))
+    check_logprobs(by_id, num_prompts=1, scored=0, max_tokens=128)
+    with pytest.raises(ApiError) as caught:
+        check_logprobs(by_id, num_prompts=1, scored=0, max_tokens=129)
+    assert caught.value.param == "logprob_token_ids"
+
+    without = completion(n=64)
+    check_logprobs(without, num_prompts=2048, scored=0, max_tokens=1 << 20)
+
+
+def test_parts_of_contents_are_bounded_over_all_messages() -> None:
+    part, limit = {"type": "text", "text": "a"}, 2048
+    chat({"role": "user", "content": [part] * limit})
+    half = {"role": "user", "content": [part] * (limit // 2)}
+    chat(half, half)
+    with pytest.raises(ApiError, match="2049 parts of contents, the limit is 2048"):
+        chat(half, half, {"role": "user", "content": [part]})
+
+
+def test_a_message_about_a_long_value_is_short() -> None:
+    with pytest.raises(ApiError) as caught:
+        completion(logit_bias={"k" * 100_000: "x"})
+    assert len(caught.value.message) <= 1000
+    assert caught.value.param is not None
+    assert len(caught.value.param) <= 200
