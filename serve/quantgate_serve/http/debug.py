@@ -11,12 +11,18 @@ from quantgate_serve.http.errors import ApiError
 from quantgate_serve.lives import Life
 
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")
-_COLUMNS = tuple(item.name for item in fields(Life))
+# How a life ended is looked for first; the error, which may be long, stands last.
+_LAST = ("error",)
+_FIRST = ("id", "arrived", "finish_reason")
+_NAMES = tuple(item.name for item in fields(Life))
+_COLUMNS = (*_FIRST, *(name for name in _NAMES if name not in (*_FIRST, *_LAST)), *_LAST)
 _STYLE = """
 body { font: 14px system-ui, sans-serif; margin: 2em; }
 table { border-collapse: collapse; }
 th, td { padding: 2px 8px; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
-th { position: sticky; top: 0; background: #fff; }
+th { position: sticky; top: 0; background: #fff; white-space: normal; vertical-align: bottom; }
+td:last-child { text-align: left; } .failed { color: #c00; }
+p i { font-style: normal; padding: 0 6px; }
 .bar { width: 240px; text-align: left; }
 .bar i { display: inline-block; height: 10px; }
 .before { background: #bbb; } .queue { background: #e6a23c; }
@@ -52,7 +58,7 @@ def lives_answer(http: HttpRequest, lives: list[Life], *, model_name: str) -> Re
 
 def _page(lives: list[Life], model_name: str) -> str:
     longest = max((life.end_ms for life in lives), default=0.0) or 1.0
-    head = "".join(f"<th>{escape(name.replace('_', ' '))}</th>" for name in _COLUMNS)
+    head = "".join(f"<th>{_heading(name)}</th>" for name in _COLUMNS)
     rows = "\n".join(_line(life, longest) for life in lives)
     title = f"{escape(model_name)}: {len(lives)} recent requests"
     return (
@@ -65,12 +71,23 @@ def _page(lives: list[Life], model_name: str) -> str:
     )
 
 
+def _heading(name: str) -> str:
+    return escape(name.removesuffix("_ms").replace("_", " "))
+
+
 def _line(life: Life, longest: float) -> str:
-    cells = "".join(
-        f"<td>{'' if value is None else escape(str(value))}</td>"
-        for value in (getattr(life, name) for name in _COLUMNS)
-    )
-    return f"<tr><td class=bar>{_bar(life, longest)}</td>{cells}</tr>"
+    cells = "".join(f"<td>{_cell(name, getattr(life, name))}</td>" for name in _COLUMNS)
+    kind = "" if life.error is None else " class=failed"
+    return f"<tr{kind}><td class=bar>{_bar(life, longest)}</td>{cells}</tr>"
+
+
+def _cell(name: str, value: object) -> str:
+    if value is None:
+        return ""
+    if name == "arrived":  # the date is the same for all but those around midnight
+        text = escape(str(value))
+        return f'<span title="{text}">{text.partition("T")[2].partition("+")[0] or text}</span>'
+    return f"{value:.1f}" if isinstance(value, float) else escape(str(value))
 
 
 def _bar(life: Life, longest: float) -> str:

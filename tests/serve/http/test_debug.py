@@ -85,6 +85,15 @@ def test_a_browser_gets_a_page_whose_bars_are_as_long_as_the_parts_took() -> Non
     assert "<td>0a1b2c3d</td>" in text
 
 
+def test_a_page_shows_the_time_of_day_a_tenth_of_a_millisecond_and_failures_in_red() -> None:
+    failed = replace(LIFE, last_token_ms=1234.5678, finish_reason="error", error="too late")
+    fine, bad = re.findall(r"<tr.*</tr>", page([LIFE, failed]))[-2:]
+    assert '<span title="2026-01-02T03:04:05.678+00:00">03:04:05.678</span>' in fine
+    assert "<td>1234.6</td>" in bad
+    assert (fine[:18], bad[:18]) == ("<tr><td class=bar>", "<tr class=failed><")
+    assert bad.endswith("<td>too late</td></tr>")
+
+
 def test_a_page_of_nothing_is_a_page() -> None:
     assert "0 recent requests" in page([])
 
