@@ -231,6 +231,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="auto, cpu or cuda:N (default auto)")
     parser.add_argument("--dtype", help="arithmetic: auto, float32, bfloat16 or float16")
     parser.add_argument("--threads", type=int, help="CPU threads for the model")
+    parser.add_argument(
+        "--native-kernels", choices=["auto", "off"], help="CPU kernels in C (default auto)"
+    )
     parser.add_argument("--max-batch-size", type=int, help="requests computed at once")
     parser.add_argument("--max-batched-tokens", type=int, help="tokens computed in one step")
     parser.add_argument("--max-context", type=int, help="longest sequence (default: the model's)")

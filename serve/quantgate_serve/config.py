@@ -31,6 +31,8 @@ class ServerSettings(BaseModel):
     dtype: str = "auto"
     # None leaves the number of threads to torch.
     threads: int | None = Field(default=None, ge=1)
+    # Attention and norms on a CPU in C, compiled at the first start; off leaves them to torch.
+    native_kernels: Literal["auto", "off"] = "auto"
     max_batch_size: int = Field(default=64, ge=1)
     max_batched_tokens: int = Field(default=512, ge=1)
     # None serves the model's whole context. A model with a sliding window needs at most its window.

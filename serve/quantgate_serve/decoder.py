@@ -1,9 +1,9 @@
 """From the tokens of a step to logits: through transformers' own forward, or a shorter way.
 
 `ShortDecoder` computes what a Llama-like layer computes, with fewer calls: query, key and value in
-one product, one rotation for both, norms of four operations. It takes the weights (also
-quantized Linears, as they are) out of the loaded model. Every other model goes through its own
-forward.
+one product, one rotation for both, a sum and its norm at once (by native kernels; in torch a norm
+is four operations). It takes the weights (also quantized Linears, as they are) out of the loaded
+model. Every other model goes through its own forward.
 
 Shapes: T tokens of the step, R rows to read, C hidden size, N query heads, K key heads, D head dim.
 """
@@ -19,12 +19,15 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from quantgate_serve import linear
 from quantgate_serve.attention.interface import AttentionStep
+from quantgate_serve.attention.native_paged import NativeStep
+from quantgate_serve.native.library import LANES, LayerKernels
 
 # Layers whose computation is exactly the one written here.
 _SHORT = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 
+Step = AttentionStep | NativeStep
 # (step, layer, query [T, N, D], key [T, K, D], value [T, K, D], scale) -> [T, N, D]
-Attend = Callable[[AttentionStep, int, Tensor, Tensor, Tensor, float], Tensor]
+Attend = Callable[[Step, int, Tensor, Tensor, Tensor, float], Tensor]
 
 
 class WholeDecoder(nn.Module):
@@ -35,7 +38,7 @@ class WholeDecoder(nn.Module):
         self.model = model
         self.config = model.config
 
-    def forward(self, ids: Tensor, positions: Tensor, step: AttentionStep, rows: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, step: Step, rows: Tensor) -> Tensor:
         """Logits [R, V] after the tokens `rows` of `ids` [T]."""
         output = self.model(
             input_ids=ids.unsqueeze(0),
@@ -57,7 +60,7 @@ class WholeDecoder(nn.Module):
 class ShortDecoder(nn.Module):
     """A Llama-like decoder. `model` is taken apart and of no use afterwards."""
 
-    def __init__(self, model: Any, attend: Attend) -> None:
+    def __init__(self, model: Any, attend: Attend, kernels: LayerKernels | None) -> None:
         super().__init__()
         base = model.model
         self.config = model.config
@@ -65,21 +68,24 @@ class ShortDecoder(nn.Module):
         self.rotary = base.rotary_emb
         self.layers = nn.ModuleList()
         for index in range(len(base.layers)):
-            self.layers.append(ShortLayer(base.layers[index], index, attend))
+            self.layers.append(ShortLayer(base.layers[index], index, attend, kernels))
             base.layers[index] = nn.Identity()  # frees what was packed, before the next is
         self._forwards = [layer.forward for layer in self.layers]
-        self.norm = _norm(base.norm)
+        self.norm = _norm(base.norm, kernels)
         self.lm_head = linear.prepare(model.lm_head)
+        self._kernels = kernels
 
-    def forward(self, ids: Tensor, positions: Tensor, step: AttentionStep, rows: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, step: Step, rows: Tensor) -> Tensor:
         """Logits [R, V] after the tokens `rows` of `ids` [T]."""
         hidden = self.embed_tokens(ids)
         cos, sin = self.rotary(hidden, positions.unsqueeze(0))
         half = cos.shape[-1] // 2
-        rotation = Rotation(cos[0, :, None, :half], sin[0, :, None, :half])
+        rotation = Rotation(cos[0, :, None, :half], sin[0, :, None, :half], self._kernels)
+        delta = None
         # forward() itself: a module's call looks for hooks, and there are 40 calls in a step.
         for layer in self._forwards:
-            hidden = layer(hidden, rotation, step)
+            delta = layer(hidden, delta, rotation, step)
+        hidden += delta
         logits: Tensor = self.lm_head(self.norm(hidden[rows]))
         return logits
 
@@ -94,7 +100,9 @@ class ShortDecoder(nn.Module):
 class ShortLayer(nn.Module):
     """Attention and MLP of one layer over x [T, C]."""
 
-    def __init__(self, layer: Any, index: int, attend: Attend) -> None:
+    def __init__(
+        self, layer: Any, index: int, attend: Attend, kernels: LayerKernels | None
+    ) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
         self.index = index
@@ -117,17 +125,17 @@ class ShortLayer(nn.Module):
         self.gate_proj = linear.prepare(mlp.gate_proj)
         self.up_proj = linear.prepare(mlp.up_proj)
         self.down_proj = linear.prepare(mlp.down_proj)
-        self.input_norm = _norm(layer.input_layernorm)
-        self.post_attention_norm = _norm(layer.post_attention_layernorm)
-        self._input_norm = self.input_norm.forward
+        self.input_norm = _norm(layer.input_layernorm, kernels)
+        self.post_attention_norm = _norm(layer.post_attention_layernorm, kernels)
         self._qkv = self.qkv.forward
         self._o_proj = self.o_proj.forward
-        self._post_attention_norm = self.post_attention_norm.forward
         self._down_proj = self.down_proj.forward
 
-    def forward(self, hidden: Tensor, rotation: "Rotation", step: AttentionStep) -> Tensor:
-        """Changes `hidden` [T, C] in place, and returns it."""
-        x = self._input_norm(hidden)
+    def forward(
+        self, hidden: Tensor, delta: Tensor | None, rotation: "Rotation", step: Step
+    ) -> Tensor:
+        """What is to be added to `hidden` [T, C], after adding `delta` and attention to it."""
+        x = _add_norm(self.input_norm, hidden, delta)
         heads = self._qkv(x).view(len(hidden), -1, self.head_dim)
         rotated, value = heads[:, : self.num_rotated], heads[:, self.num_rotated :]
         if self.is_paired:
@@ -136,21 +144,23 @@ class ShortLayer(nn.Module):
             rotated = rotation.of_halves(rotated)
         query, key = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
         mixed = self.attend(step, self.index, query, key, value, self.scale)
-        hidden += self._o_proj(mixed.reshape(len(hidden), -1))
-        x = self._post_attention_norm(hidden)
-        hidden += self._down_proj(linear.silu_gate(self.gate_proj, self.up_proj, x))
-        return hidden
+        x = _add_norm(self.post_attention_norm, hidden, self._o_proj(mixed.reshape(len(x), -1)))
+        change: Tensor = self._down_proj(linear.silu_gate(self.gate_proj, self.up_proj, x))
+        return change
 
 
 class Rotation:
     """The rotary position of each token of a step: cos and sin are [T, 1, D / 2]."""
 
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+    def __init__(self, cos: Tensor, sin: Tensor, kernels: LayerKernels | None) -> None:
         self._cos, self._sin = cos, sin
+        self._kernels = kernels
         self._complex: Tensor | None = None
 
     def of_pairs(self, x: Tensor) -> Tensor:
         """Rotates channels (0, 1), (2, 3), … of x [T, heads, D], in place."""
+        if self._is_native(x):
+            return self._rotate_natively(x, is_paired=True)
         if x.dtype != torch.float32:
             first, second = x[..., 0::2], x[..., 1::2]
             return torch.stack(self._rotate(first, second), dim=-1).flatten(-2)
@@ -160,9 +170,19 @@ class Rotation:
         return x
 
     def of_halves(self, x: Tensor) -> Tensor:
-        """Rotates channels (0, D/2), (1, D/2 + 1), … of x [T, heads, D]."""
+        """Rotates channels (0, D/2), (1, D/2 + 1), … of x [T, heads, D], perhaps in place."""
+        if self._is_native(x):
+            return self._rotate_natively(x, is_paired=False)
         first, second = x.chunk(2, dim=-1)
         return torch.cat(self._rotate(first, second), dim=-1)
+
+    def _is_native(self, x: Tensor) -> bool:
+        return self._kernels is not None and x.dtype == self._cos.dtype == torch.float32
+
+    def _rotate_natively(self, x: Tensor, *, is_paired: bool) -> Tensor:
+        if self._kernels is not None:
+            self._kernels.rotate(x, self._cos[:, 0], self._sin[:, 0], is_paired=is_paired)
+        return x
 
     def _rotate(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self._cos, self._sin
@@ -184,10 +204,27 @@ class ShortNorm(nn.Module):
         return (x * scale).mul_(self.weight)
 
 
-def build_decoder(model: Any, attend: Attend) -> nn.Module:
-    """The shortest way through `model` that is known; `model` is not to be used afterwards."""
+class NativeNorm(nn.Module):
+    """RMS norm in FP32 by a native kernel, which adds to its input first."""
+
+    def __init__(self, weight: Tensor, eps: float, kernels: LayerKernels) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        self._eps = eps
+        self._kernels = kernels
+
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
+        """Adds `delta` to `x` [T, C] in place; the norm of the sum."""
+        return self._kernels.add_norm(x, delta, self.weight, self._eps)
+
+
+def build_decoder(model: Any, attend: Attend, kernels: LayerKernels | None = None) -> nn.Module:
+    """The shortest way through `model` that is known; `model` is not to be used afterwards.
+
+    `kernels` only where the model is on the CPU.
+    """
     if _is_short(model):
-        return ShortDecoder(model, attend)
+        return ShortDecoder(model, attend, kernels)
     linear.prepare_all(model)
     return WholeDecoder(model)
 
@@ -206,11 +243,24 @@ def _is_short(model: Any) -> bool:
     )
 
 
-def _norm(norm: Any) -> nn.Module:
+def _norm(norm: Any, kernels: LayerKernels | None) -> nn.Module:
     if norm.weight.dtype != torch.float32:
         module: nn.Module = norm
         return module
-    return ShortNorm(norm.weight.detach(), norm.variance_epsilon)
+    weight, eps = norm.weight.detach(), float(norm.variance_epsilon)
+    if kernels is not None and len(weight) % LANES == 0:
+        return NativeNorm(weight, eps, kernels)
+    return ShortNorm(weight, eps)
+
+
+def _add_norm(norm: nn.Module, hidden: Tensor, delta: Tensor | None) -> Tensor:
+    """Add `delta` to `hidden` [T, C] in place; the norm of the sum."""
+    if isinstance(norm, NativeNorm):
+        return norm.forward(hidden, delta)
+    if delta is not None:
+        hidden += delta
+    normed: Tensor = norm.forward(hidden)
+    return normed
 
 
 def _pairing(num_rows: int, head_dim: int) -> Tensor:

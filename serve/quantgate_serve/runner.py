@@ -15,6 +15,7 @@ from torch import Tensor
 from quantgate_serve import sampling
 from quantgate_serve.attention.in_place import build_lookup, can_read_in_place
 from quantgate_serve.attention.interface import AttentionStep, DecodeGroup, PrefillSpan
+from quantgate_serve.attention.native_paged import NativeStep, build_step
 from quantgate_serve.constraints import Constraints
 from quantgate_serve.decoder import as_decoder
 from quantgate_serve.finite import check_finite
@@ -22,6 +23,7 @@ from quantgate_serve.hidden_states import HiddenStates
 from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.loading import LoadedModel
 from quantgate_serve.model_clock import ModelClock
+from quantgate_serve.native.library import LayerKernels, can_attend
 from quantgate_serve.request import Request, TokenLogprob
 from quantgate_serve.scheduler import Chunk
 
@@ -47,9 +49,13 @@ class ChunkResult:
 class Runner:
     """Computes steps. Keeps no state between them but the KV storage."""
 
-    def __init__(self, loaded: LoadedModel, kv: KVStorage) -> None:
+    def __init__(
+        self, loaded: LoadedModel, kv: KVStorage, *, kernels: LayerKernels | None = None
+    ) -> None:
+        """With `kernels` attention is theirs, where they are written for this model's cache."""
         self._decoder = as_decoder(loaded.model)
         self._num_heads = int(loaded.model.config.get_text_config().num_attention_heads)
+        self._kernels = kernels if can_attend(kv, self._num_heads) else None
         self._reads_in_place = can_read_in_place(kv)
         self._device = loaded.device
         self._kv = kv
@@ -122,13 +128,32 @@ class Runner:
                 *(np.arange(chunk.start, chunk.start + chunk.length) for chunk in prefills),
             ]
         )
-        step = self._attention_step(decodes, prefills, starts, positions)
+        if self._kernels is None:
+            step: AttentionStep | NativeStep = self._attention_step(
+                decodes, prefills, starts, positions
+            )
+        else:
+            step = self._native_step(self._kernels, ordered)
         input_ids = self._to_device(torch.tensor(ids))
         position_ids = self._to_device(torch.from_numpy(positions))
         rows_to_read = self._to_device(torch.tensor(rows or [0]))
         with self.clock:
             logits: Tensor = self._decoder(input_ids, position_ids, step, rows_to_read)
         return logits.float()
+
+    def _native_step(self, kernels: LayerKernels, ordered: list[Chunk]) -> NativeStep:
+        step = build_step(
+            kernels,
+            self._kv,
+            [chunk.request.pages for chunk in ordered],
+            [chunk.start for chunk in ordered],
+            [chunk.length for chunk in ordered],
+            group=self._num_heads // self._kv.shape.num_kv_heads,
+        )
+        needed = sum(c.start // self._kv.page_size + 1 for c in ordered if _is_decode(c))
+        self.padded_pages += needed
+        self.used_pages += needed
+        return step
 
     def _attention_step(
         self, decodes: list[Chunk], prefills: list[Chunk], starts: list[int], positions: Positions

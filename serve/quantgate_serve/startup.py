@@ -31,6 +31,7 @@ from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.loading import LoadedModel, UnsupportedModelError, choose_device, load
 from quantgate_serve.metrics import EngineGauges, EngineMetrics
 from quantgate_serve.model_cost import read_cost
+from quantgate_serve.native.library import LayerKernels, find_kernels
 from quantgate_serve.runner import Runner
 from quantgate_serve.scheduler import Scheduler, SchedulerLimits
 from quantgate_serve.step_meter import StepMeter
@@ -57,7 +58,9 @@ def load_for_serving(folder: Path, settings: ServerSettings) -> LoadedModel:
         max_context=settings.max_context,
     )
     # On CUDA the runner calls the model itself, in a form that can be recorded.
-    return loaded if is_cuda else replace(loaded, model=build_decoder(loaded.model, attend))
+    if is_cuda:
+        return loaded
+    return replace(loaded, model=build_decoder(loaded.model, attend, _kernels(settings)))
 
 
 def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:
@@ -97,7 +100,7 @@ def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:
             loaded, storage, metrics, kernels, max_batch_size=settings.max_batch_size
         )
     else:
-        runner = Runner(loaded, storage)
+        runner = Runner(loaded, storage, kernels=_kernels(settings))
     meter = StepMeter(
         metrics,
         runner.clock,
@@ -146,6 +149,10 @@ def build_cuda_runner(
     runner.compile_decodes(SPLIT_COUNTS)
     runner.record_graphs(kernels, max_batch_size=max_batch_size, capture=capture_on_cuda)
     return runner
+
+
+def _kernels(settings: ServerSettings) -> LayerKernels | None:
+    return find_kernels() if settings.native_kernels == "auto" else None
 
 
 def _prefix_cache(pool: PagePool, settings: ServerSettings) -> PrefixCache | None:

@@ -1,4 +1,4 @@
-"""Paged attention in plain torch: the reference, and the CPU's only backend.
+"""Paged attention in plain torch: the reference, and what a CPU without native kernels uses.
 
 Decode reads keys and values in place where it can (`in_place`). Otherwise it gathers the pages of a
 group of sequences and multiplies in batches; for 32 sequences of 96 tokens that takes a third of
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quantgate_serve.attention import in_place
+from quantgate_serve.attention import in_place, native_paged
 from quantgate_serve.attention.interface import AttentionStep, DecodeGroup, PrefillSpan
+from quantgate_serve.attention.native_paged import NativeStep
 
 
 def paged_attention(
@@ -23,7 +24,7 @@ def paged_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     *,
-    quantgate_step: AttentionStep,
+    quantgate_step: AttentionStep | NativeStep,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Store this step's keys and values, attend over the cache.
@@ -50,9 +51,16 @@ def paged_attention(
 
 
 def attend(
-    step: AttentionStep, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float
+    step: AttentionStep | NativeStep,
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
 ) -> Tensor:
     """Store `key` and `value` [T, K, D] of this step, attend with `query` [T, N, D]: [T, N, D]."""
+    if isinstance(step, NativeStep):
+        return native_paged.attend(step, layer, query, key, value, scale)
     head_dim = query.shape[-1]
     # Rows in (token, head) order, as slot_rows counts them.
     step.kv.write(layer, step.slot_rows, key.reshape(-1, head_dim), value.reshape(-1, head_dim))

@@ -1,0 +1,303 @@
+/* What lies between the Linears of a Llama-like layer on a CPU, in FP32: norms, rotation, attention.
+ *
+ * Attention reads keys and values where they lie in their pages. A page holds 16 tokens, which are
+ * the lanes of one vector; decodes and chunks of prompts are the same to it. The order of every sum
+ * depends on the token alone, so a result does not depend on batch mates or on threads.
+ *
+ * T tokens of the step, N query heads, K key heads, G = N / K, D head dim (a multiple of 16).
+ * Keys and values of a layer are [pages, K, 16, D]. Compiled and called by library.py.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16     /* tokens of a page */
+#define TILE 256     /* tokens whose scores are held at once */
+#define MAX_ROWS 32  /* query rows that share what is read of a tile; library.py knows it, too */
+#define MAX_DIM 256  /* library.py knows it, too */
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4)));
+
+INLINE vec load(const float *from) { return *(const vec *)from; }
+INLINE void store(float *to, vec x) { *(vec *)to = x; }
+INLINE vec all(float x) { return x - (vec){0}; }
+INLINE vec choose(ints where, vec x, vec y) {
+    return (vec)(((ints)x & where) | ((ints)y & ~where));
+}
+
+/* The sums of 16 vectors, one in each lane: each round adds neighbours, and halves the vectors. */
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+INLINE vec sums(vec *x) {
+    for (int n = LANES / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; i++)
+            x[i] = __builtin_shufflevector(x[2 * i], x[2 * i + 1], EVEN) +
+                   __builtin_shufflevector(x[2 * i], x[2 * i + 1], ODD);
+    return x[0];
+}
+
+INLINE float sum(vec x) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += x[i];
+    return total;
+}
+
+INLINE float largest(vec x) {
+    float most = x[0];
+    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    return most;
+}
+
+/* exp(x) for x <= 0, by the polynomial of Cephes' expf: 0 below -87, NaN stays NaN. */
+INLINE vec exponential(vec x) {
+    ints is_zero = x < all(-87.0f);
+    vec clipped = choose(is_zero, all(-87.0f), x);
+    vec magic = all(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
+    vec shifted = clipped * 1.44269504088896341f + magic;
+    vec n = shifted - magic;
+    vec r = clipped - n * 0.693359375f + n * 2.12194440e-4f;
+    vec y = all(1.9875691500e-4f);
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    ints exponent = ((ints)shifted - (ints)magic + 127) << 23;
+    return (vec)((ints)(y * (vec)exponent) & ~is_zero);
+}
+
+/* scores[t] = scale * q . page[t] for the 16 tokens of a page of keys. */
+INLINE void score_page(const float *q, const float *page, int dim, float scale, float *scores) {
+    vec x[LANES];
+    vec part = load(q);
+#pragma GCC unroll 16
+    for (int t = 0; t < LANES; t++) x[t] = part * load(page + t * dim);
+    for (int d = LANES; d < dim; d += LANES) {
+        part = load(q + d);
+#pragma GCC unroll 16
+        for (int t = 0; t < LANES; t++) x[t] += part * load(page + t * dim + d);
+    }
+    store(scores, sums(x) * scale);
+}
+
+/* out[r] += sum over n tokens of weights[r][t] * page[t], for `width` vectors of `rows` rows. */
+INLINE void mix_block(const float *weights, const float *page, int n, int dim, int rows, int width,
+                      float *out) {
+    vec acc[4][4];
+    for (int r = 0; r < rows; r++)
+        for (int w = 0; w < width; w++) acc[r][w] = load(out + r * dim + w * LANES);
+    for (int t = 0; t < n; t++) {
+        vec value[4];
+        for (int w = 0; w < width; w++) value[w] = load(page + t * dim + w * LANES);
+        for (int r = 0; r < rows; r++)
+            for (int w = 0; w < width; w++) acc[r][w] += weights[r * TILE + t] * value[w];
+    }
+    for (int r = 0; r < rows; r++)
+        for (int w = 0; w < width; w++) store(out + r * dim + w * LANES, acc[r][w]);
+}
+
+INLINE void mix_page(const float *weights, int rows, const float *page, int n, int dim, float *out) {
+    int d = 0;
+    for (; d + 4 * LANES <= dim; d += 4 * LANES) {
+        int r = 0;
+        for (; r + 4 <= rows; r += 4)
+            mix_block(weights + r * TILE, page + d, n, dim, 4, 4, out + r * dim + d);
+        for (; r + 2 <= rows; r += 2)
+            mix_block(weights + r * TILE, page + d, n, dim, 2, 4, out + r * dim + d);
+        for (; r < rows; r++)
+            mix_block(weights + r * TILE, page + d, n, dim, 1, 4, out + r * dim + d);
+    }
+    for (; d < dim; d += LANES)
+        for (int r = 0; r < rows; r++)
+            mix_block(weights + r * TILE, page + d, n, dim, 1, 1, out + r * dim + d);
+}
+
+/* The scores of a row over `pages` pages become weights; returns their sum, and the most seen. */
+INLINE float soften(float *scores, int pages, float *most) {
+    vec high = load(scores);
+    for (int p = 1; p < pages; p++) {
+        vec x = load(scores + p * LANES);
+        high = choose(x > high, x, high);
+    }
+    float now = largest(high);
+    *most = now > *most ? now : *most;
+    vec total = (vec){0};
+    for (int p = 0; p < pages; p++) {
+        vec weight = exponential(load(scores + p * LANES) - *most);
+        store(scores + p * LANES, weight);
+        total += weight;
+    }
+    return sum(total);
+}
+
+typedef struct {
+    const float *keys, *values;
+    int64_t page_stride;
+    int group, dim;
+    float scale;
+} cache_view;
+
+/* Tokens `first` to `first + count` of one sequence, with `heads` neighbouring key heads. */
+INLINE void attend_block(cache_view kv, const float *query, int64_t query_stride, float *output,
+                         int64_t output_stride, int count, int first, int heads,
+                         const int32_t *pages, const int dim) {
+    float scores[MAX_ROWS * TILE] __attribute__((aligned(64)));
+    float q[MAX_ROWS * MAX_DIM] __attribute__((aligned(64)));
+    float out[MAX_ROWS * MAX_DIM] __attribute__((aligned(64)));
+    float most[MAX_ROWS], total[MAX_ROWS];
+    /* A row is (key head, token, query head of the group). */
+    const int group = kv.group, per_head = count * group, rows = per_head * heads;
+    const int length = first + count;
+    for (int r = 0; r < rows; r++) {
+        int k = r / per_head, i = r % per_head;
+        const float *from = query + (i / group) * query_stride + (k * group + i % group) * dim;
+        memcpy(q + r * dim, from, sizeof(float) * dim);
+        memset(out + r * dim, 0, sizeof(float) * dim);
+        most[r] = -INFINITY;
+        total[r] = 0;
+    }
+    for (int start = 0; start < length; start += TILE) {
+        int end = start + TILE < length ? start + TILE : length;
+        int num_pages = (end - start + LANES - 1) / LANES;
+        const int32_t *at = pages + start / LANES;
+        /* All heads of a page, then the next page: memory is read in long runs. */
+        for (int p = 0; p < num_pages; p++)
+            for (int r = 0; r < rows; r++)
+                score_page(q + r * dim,
+                           kv.keys + at[p] * kv.page_stride + (r / per_head) * LANES * dim, dim,
+                           kv.scale, scores + r * TILE + p * LANES);
+        for (int r = 0; r < rows; r++) {
+            float before = most[r];
+            int seen = first + (r % per_head) / group + 1 - start;
+            for (int t = seen > 0 ? seen : 0; t < num_pages * LANES; t++)
+                scores[r * TILE + t] = -INFINITY;
+            float added = soften(scores + r * TILE, num_pages, &most[r]);
+            if (start > 0) {
+                float fade = expf(before - most[r]);
+                total[r] *= fade;
+                for (int d = 0; d < dim; d++) out[r * dim + d] *= fade;
+            }
+            total[r] += added;
+        }
+        for (int p = 0; p < num_pages; p++) {
+            /* Slots behind the last token are not read: what lies there may be no number. */
+            int n = end - start - p * LANES < LANES ? end - start - p * LANES : LANES;
+            for (int k = 0; k < heads; k++)
+                mix_page(scores + k * per_head * TILE + p * LANES, per_head,
+                         kv.values + at[p] * kv.page_stride + k * LANES * dim, n, dim,
+                         out + k * per_head * dim);
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        int k = r / per_head, i = r % per_head;
+        float share = 1.0f / total[r];
+        float *to = output + (i / group) * output_stride + (k * group + i % group) * dim;
+        for (int d = 0; d < dim; d++) to[d] = out[r * dim + d] * share;
+    }
+}
+
+/* How many key heads a block reads together: as many as have room, if threads stay busy. */
+static int heads_together(int count, int group, int kv_heads, int64_t num_blocks, int threads) {
+    int heads = num_blocks < 2 * threads ? 1 : kv_heads;
+    while (heads > 1 && (heads * count * group > MAX_ROWS || kv_heads % heads != 0)) heads--;
+    return heads;
+}
+
+/* Tokens `token` to `token + count` of the step, `first` being the position of the first one of
+ * them. The pages of their sequence begin at `pages` in the list of all. count * G <= MAX_ROWS. */
+typedef struct {
+    int32_t token, count, first, pages;
+} block;
+
+/* Store key and value of each token in its slot (page * 16 + offset), then attend.
+ * query, key and value are [T, heads, D] with `stride` floats from token to token; output is
+ * [T, N, D], contiguous. */
+void attend(const float *query, const float *key, const float *value, int64_t stride,
+            float *output, int64_t tokens, int64_t num_heads, int64_t kv_heads, int64_t dim,
+            float *keys, float *values, const int64_t *slots, const int32_t *pages,
+            const block *blocks, int64_t num_blocks, float scale, int64_t threads) {
+    const int64_t page_stride = kv_heads * LANES * dim;
+    const int group = num_heads / kv_heads;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++) {
+            int64_t at = slots[t] / LANES * page_stride + slots[t] % LANES * dim;
+            for (int64_t k = 0; k < kv_heads; k++, at += LANES * dim) {
+                memcpy(keys + at, key + t * stride + k * dim, sizeof(float) * dim);
+                memcpy(values + at, value + t * stride + k * dim, sizeof(float) * dim);
+            }
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < num_blocks * kv_heads; i++) {
+            block b = blocks[i / kv_heads];
+            int64_t k = i % kv_heads;
+            int heads = heads_together(b.count, group, kv_heads, num_blocks, threads);
+            if (k % heads != 0) continue;
+            cache_view kv = {keys + k * LANES * dim, values + k * LANES * dim, page_stride, group,
+                             dim, scale};
+            const float *from = query + b.token * stride + k * group * dim;
+            float *to = output + (b.token * num_heads + k * group) * dim;
+            /* A constant head dim keeps the sums in registers. */
+            if (dim == 64)
+                attend_block(kv, from, stride, to, num_heads * dim, b.count, b.first, heads,
+                             pages + b.pages, 64);
+            else if (dim == 128)
+                attend_block(kv, from, stride, to, num_heads * dim, b.count, b.first, heads,
+                             pages + b.pages, 128);
+            else
+                attend_block(kv, from, stride, to, num_heads * dim, b.count, b.first, heads,
+                             pages + b.pages, dim);
+        }
+    }
+}
+
+/* Rotate the first `heads` heads of x [T, heads or more, D] in place: channels 2i and 2i + 1 where
+ * `paired`, else i and i + D / 2. cos and sin have D / 2 angles for each token, `angles` apart. */
+void rotate(float *x, int64_t stride, const float *cos, const float *sin, int64_t angles,
+            int64_t tokens, int64_t heads, int64_t dim, int64_t paired, int64_t threads) {
+    const int64_t half = dim / 2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < tokens; t++) {
+        const float *c = cos + t * angles, *s = sin + t * angles;
+        for (int64_t h = 0; h < heads; h++) {
+            float *head = x + t * stride + h * dim;
+            if (paired)
+                for (int64_t i = 0; i < half; i++) {
+                    float a = head[2 * i], b = head[2 * i + 1];
+                    head[2 * i] = a * c[i] - b * s[i];
+                    head[2 * i + 1] = b * c[i] + a * s[i];
+                }
+            else
+                for (int64_t i = 0; i < half; i++) {
+                    float a = head[i], b = head[i + half];
+                    head[i] = a * c[i] - b * s[i];
+                    head[i + half] = b * c[i] + a * s[i];
+                }
+        }
+    }
+}
+
+/* hidden += delta, where there is one; normed = hidden / rms(hidden) * weight. All [T, width]. */
+void add_norm(float *hidden, const float *delta, const float *weight, float *normed,
+              int64_t tokens, int64_t width, float eps, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < tokens; t++) {
+        float *x = hidden + t * width;
+        vec squares = (vec){0};
+        for (int64_t c = 0; c < width; c += LANES) {
+            vec h = load(x + c);
+            if (delta) {
+                h += load(delta + t * width + c);
+                store(x + c, h);
+            }
+            squares += h * h;
+        }
+        float scale = 1.0f / sqrtf(sum(squares) / width + eps);
+        for (int64_t c = 0; c < width; c += LANES)
+            store(normed + t * width + c, load(x + c) * scale * load(weight + c));
+    }
+}

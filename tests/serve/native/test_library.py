@@ -1,0 +1,146 @@
+"""The kernels are compiled once, share torch's threads, and are done without where they must be."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantgate_serve.config import ServerSettings
+from quantgate_serve.decoder import NativeNorm, Rotation, ShortNorm
+from quantgate_serve.native import library
+from quantgate_serve.native.library import (
+    KernelsUnavailableError,
+    LayerKernels,
+    build_library,
+    find_kernels,
+    openmp_runtime,
+)
+from quantgate_serve.request import Request
+from quantgate_serve.startup import build_engine, load_for_serving
+
+needs_compiler = pytest.mark.skipif(find_kernels() is None, reason="no C compiler here")
+
+
+@pytest.fixture
+def kernels() -> LayerKernels:
+    found = find_kernels()
+    assert found is not None
+    return found
+
+
+@needs_compiler
+def test_the_library_is_compiled_once_and_brings_no_threads_of_its_own(tmp_path: Path) -> None:
+    first = build_library("cc", tmp_path)
+    made_ns = first.stat().st_mtime_ns
+    assert build_library("cc", tmp_path) == first
+    assert first.stat().st_mtime_ns == made_ns
+    assert [path.name for path in tmp_path.iterdir()] == [first.name]
+    LayerKernels(first)
+    assert openmp_runtime() is not None, "a second OpenMP runtime was loaded"
+
+
+@needs_compiler
+def test_another_source_is_another_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = tmp_path / "layer.c"
+    changed.write_text(library._SOURCE.read_text("utf-8") + "\n/* changed */\n", "utf-8")
+    first = build_library("cc", tmp_path)
+    monkeypatch.setattr(library, "_SOURCE", changed)
+    assert build_library("cc", tmp_path) != first
+
+
+def test_a_missing_compiler_is_named() -> None:
+    with pytest.raises(KernelsUnavailableError, match="no-such-compiler cannot be run"):
+        build_library("no-such-compiler", Path("unused"))
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
+def test_a_source_that_does_not_compile_says_so_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "layer.c"
+    broken.write_text("int f( {", "utf-8")
+    monkeypatch.setattr(library, "_SOURCE", broken)
+    folder = tmp_path / "cache"
+    with pytest.raises(KernelsUnavailableError, match="error"):
+        build_library("cc", folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_without_a_compiler_torch_computes_the_same_tokens_and_the_log_says_so(
+    llama_folder: Path,
+    prompts: Callable[[int], list[list[int]]],
+    make_request: Callable[..., Request],
+    generate: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    find_kernels.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            settings = ServerSettings(model=llama_folder, device="cpu", kv_tokens=1024)
+            loaded = load_for_serving(llama_folder, settings)
+            engine = build_engine(loaded, settings)
+    finally:
+        find_kernels.cache_clear()
+    assert not any(isinstance(module, NativeNorm) for module in loaded.model.modules())
+    assert [record.message for record in caplog.records].count(
+        "no native kernels, torch computes instead: cc cannot be run: "
+        "[Errno 2] No such file or directory: 'cc'"
+    ) == 1
+    requests = [make_request(prompt) for prompt in prompts(4)]
+    engine.submit(requests)
+    while engine.has_work:
+        engine.step()
+    for request in requests:
+        assert request.output_ids == generate(llama_folder, request.prompt_ids)
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", ["auto", "off"])
+def test_native_kernels_are_used_unless_switched_off(mode: str, llama_folder: Path) -> None:
+    settings = ServerSettings.model_validate(
+        {"model": llama_folder, "device": "cpu", "kv_tokens": 1024, "native_kernels": mode}
+    )
+    loaded = load_for_serving(llama_folder, settings)
+    engine = build_engine(loaded, settings)
+    has_norms = any(isinstance(module, NativeNorm) for module in loaded.model.modules())
+    assert has_norms == (engine._runner._kernels is not None) == (mode == "auto")
+
+
+@needs_compiler
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_a_native_norm_equals_torch_s_and_adds_first(kernels: LayerKernels, tokens: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    hidden, delta = (torch.randn(tokens, 96, generator=generator) for _ in range(2))
+    weight = torch.rand(96, generator=generator)
+    native, reference = NativeNorm(weight, 1e-5, kernels), ShortNorm(weight, 1e-5)
+    assert torch.allclose(native(hidden), reference(hidden), atol=1e-6)
+    total = hidden + delta
+    found = native(hidden, delta)
+    assert torch.equal(hidden, total)
+    assert torch.allclose(found, reference(total), atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("is_paired", [True, False])
+def test_a_native_rotation_equals_torch_s_and_leaves_the_values(
+    kernels: LayerKernels, is_paired: bool
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    heads = torch.randn(7, 4, 32, generator=generator)
+    angles = torch.randn(7, 1, 32, generator=generator)  # a table as wide as a head
+    cos, sin = angles.cos()[..., :16], angles.sin()[..., :16]
+    before = heads.clone()
+    rotated = heads[:, :3]
+    expected = heads.clone()[:, :3]
+    plain, native = Rotation(cos, sin, None), Rotation(cos, sin, kernels)
+    if is_paired:
+        expected, rotated = plain.of_pairs(expected), native.of_pairs(rotated)
+    else:
+        expected, rotated = plain.of_halves(expected), native.of_halves(rotated)
+    assert torch.allclose(rotated, expected, atol=1e-6)
+    assert torch.equal(heads[:, 3], before[:, 3])
