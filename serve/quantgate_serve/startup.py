@@ -24,6 +24,7 @@ from quantgate_serve.cuda_runner import CudaRunner
 from quantgate_serve.decoder import build_decoder
 from quantgate_serve.engine import Engine
 from quantgate_serve.graphs import capture_on_cuda
+from quantgate_serve.huge_pages import collapse_weights
 from quantgate_serve.kernels import Kernel, log_kernels, read_kernels
 from quantgate_serve.kv.pool import PAGE_SIZE, PagePool
 from quantgate_serve.kv.prefix import PrefixCache
@@ -61,6 +62,7 @@ def load_for_serving(folder: Path, settings: ServerSettings) -> LoadedModel:
     if is_cuda:
         return loaded
     decoder = build_decoder(loaded.model, attend, _kernels(loaded, settings))
+    collapse_weights(decoder)
     return replace(loaded, model=decoder)
 
 

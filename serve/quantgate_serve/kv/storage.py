@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantgate_serve import huge_pages
+
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
@@ -41,12 +43,8 @@ class KVStorage:
         self.null_page = num_pages
         size = (num_pages + 1, shape.num_kv_heads, page_size, shape.head_dim)
         # Zeros, not empty: unwritten slots of a page are read (and masked), and NaN * 0 is NaN.
-        self.keys = [
-            torch.zeros(size, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)
-        ]
-        self.values = [
-            torch.zeros(size, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)
-        ]
+        self.keys = [_zeros(size, shape.dtype, device) for _ in range(shape.num_layers)]
+        self.values = [_zeros(size, shape.dtype, device) for _ in range(shape.num_layers)]
         row = page_size * shape.head_dim
         self._keys_by_page = [t.view(-1, row) for t in self.keys]
         self._values_by_page = [t.view(-1, row) for t in self.values]
@@ -89,3 +87,9 @@ class KVStorage:
             keys.view(batch, -1, self.shape.head_dim),
             values.view(batch, -1, self.shape.head_dim),
         )
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return huge_pages.zeros(size, dtype)
+    return torch.zeros(size, dtype=dtype, device=device)
