@@ -1,10 +1,18 @@
-"""Speed and memory of the quality stages on this machine.
+"""Speed, memory and false alarms of the quality stages on this machine.
 
-    python benchmarks/quality.py [audit] [--quick] [--check] [--json FILE]
+    python benchmarks/quality.py [audit] [reruns] [lm-eval] [--quick] [--check] [--json FILE]
 
 `audit` writes a sharded source of 1.2 GB (random weights, Llama of 12 layers) and one artifact per
 scheme, and audits each in a process of its own with one thread. Bytes are the source's, seconds
 the CPU time of the process, and peak memory its own, without files that the kernel has cached.
+
+`reruns` asks a policy's reference (or `--models`) its golden sets again and again at other batch
+sizes and orders, and counts the gates that FAIL, on the reruns and on 5,000 resamples of them.
+Per-item results stay in `--store`, so that a second call only resamples.
+
+`lm-eval` scores golden sets through the server and with lm-evaluation-harness (`--lm-eval-python`,
+of an environment that has lm_eval[hf]).
+
 `--check` exits with 1 and names each figure that is missed.
 """
 
@@ -18,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -25,9 +34,19 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from quantgate.candidates import build_candidates
 from quantgate.drill.packing import pack_gptq, pack_int8, pack_nf4
 from quantgate.files import read_json, write_json
+from quantgate.plan import Plan, ReleaseRequest, make_plan
+from quantgate.policy import SOURCE, load_policy
+from quantgate.preflight import check_variants
+from quantgate.progress import Silent
+from quantgate.quality.stage import ServedModel
+from quantgate.variants.source import demo_folder
+from quantgate.verdict import Outcome
 
+ROOT = Path(__file__).resolve().parents[1]
+ARMS = ("audit", "reruns", "lm-eval")
 SCHEMES = ("bf16", "int8-bnb", "int8-gptq", "int4-nf4", "int4-gptq")
 MIN_MB_PER_S = 150.0
 MAX_BYTES = 2 * 2**30
@@ -47,11 +66,31 @@ _QUANTIZATION: dict[str, dict[str, Any] | None] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("arms", nargs="*", default=["audit"])
-    parser.add_argument("--quick", action="store_true", help="2 layers: 0.3 GB instead of 1.2 GB")
+    parser.add_argument("arms", nargs="*", default=["audit"], help=", ".join(ARMS))
+    parser.add_argument("--quick", action="store_true", help="less of everything, to try it out")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a figure is missed")
     parser.add_argument("--json", type=Path, help="write all numbers here")
+    parser.add_argument("--policy", type=Path, default=ROOT / "gates/policies/demo.cpu.yaml")
+    parser.add_argument("--models", default="source", help="source, or variants of the policy")
+    parser.add_argument("--reruns", type=int, default=20, help="of each model")
+    parser.add_argument("--store", type=Path, default=Path("runs/benchmark-quality"))
+    parser.add_argument("--lm-eval-python", type=Path, help="of an environment that has lm_eval")
     options = parser.parse_args()
+    if unknown := set(options.arms) - set(ARMS):
+        parser.error(f"no such arm: {', '.join(sorted(unknown))}; expected {', '.join(ARMS)}")
+    report: dict[str, Any] = {"machine": describe_machine()}
+    missed: list[str] = []
+    for arm in options.arms:
+        rows, problems = {"audit": _audit, "reruns": _reruns, "lm-eval": _lm_eval}[arm](options)
+        report[arm] = rows
+        missed += problems
+    if options.json:
+        write_json(options.json, report)
+    if options.check and missed:
+        sys.exit("missed: " + "; ".join(missed))
+
+
+def _audit(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     with tempfile.TemporaryDirectory(prefix="quantgate-bench-") as folder:
         rows = measure_audit(Path(folder), num_layers=2 if options.quick else 12)
     for row in rows:
@@ -59,15 +98,90 @@ def main() -> None:
             f"audit {row['scheme']:10} {row['mb_per_s_per_core']:6.0f} MB/s per core   "
             f"{row['seconds']:5.1f} s   peak {row['peak_bytes'] / 2**20:5.0f} MiB"
         )
-    if options.json:
-        write_json(options.json, {"machine": describe_machine(), "audit": rows})
     missed = [
-        f"{row['scheme']} {row['mb_per_s_per_core']:.0f} MB/s, {row['peak_bytes'] >> 20} MiB"
+        f"audit {row['scheme']} {row['mb_per_s_per_core']:.0f} MB/s, {row['peak_bytes'] >> 20} MiB "
+        f"(wanted {MIN_MB_PER_S:.0f} MB/s, 2 GiB)"
         for row in rows
         if row["mb_per_s_per_core"] < MIN_MB_PER_S or row["peak_bytes"] > MAX_BYTES
     ]
-    if options.check and missed:
-        sys.exit(f"audit missed {MIN_MB_PER_S:.0f} MB/s or 2 GiB: " + "; ".join(missed))
+    return rows, missed
+
+
+def _reruns(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
+    import quality_reruns
+
+    plan = make_plan(
+        ReleaseRequest(
+            policy=load_policy(options.policy), runs=options.store, serving_config=Path("none")
+        )
+    )
+    num_reruns = 2 if options.quick else options.reruns
+    num_resamples = 200 if options.quick else quality_reruns.RESAMPLES
+    rows, missed = [], []
+    for model in _models(plan, options.models.split(","), options.store):
+        runs = quality_reruns.run_all(
+            plan, model, quality_reruns.situations(num_reruns + 1), store=options.store / "results"
+        )
+        found = quality_reruns.judge_runs(plan, model.name, runs, num_resamples=num_resamples)
+        rows.append(asdict(found) | {"situations": [str(run.situation) for run in runs[1:]]})
+        num_failed = found.outcomes.get(Outcome.FAIL, 0)
+        print(
+            f"reruns {found.model}: {found.reruns} reruns, verdicts {found.outcomes}, "
+            f"items flipped {found.flipped_items}; {found.failed_resamples} of "
+            f"{found.resamples:,} resamples FAIL; "
+            f"{found.seconds_per_rerun:.0f} s a rerun"
+        )
+        if num_failed:
+            missed.append(f"{found.model}: {num_failed} FAIL on reruns: {found.failing_gates}")
+        if found.failed_resamples > quality_reruns.MAX_FAIL_SHARE * found.resamples:
+            missed.append(f"{found.model}: {found.failed_resamples} resamples FAIL")
+    return rows, missed
+
+
+def _models(plan: Plan, names: list[str], store: Path) -> list[ServedModel]:
+    source = plan.source
+    found = []
+    variants = {}
+    if names != [SOURCE]:
+        variants, failures = build_candidates(plan, Silent(), check_variants(plan))
+        if failures:
+            raise RuntimeError(str(failures))
+    for name in names:
+        if name == SOURCE:
+            folder, digest = source.folder, source.sha256
+        else:
+            folder, digest = variants[name].folder, variants[name].manifest.artifact_sha256
+        found.append(ServedModel(name=name, folder=folder, artifact_sha256=digest))
+    return found
+
+
+def _lm_eval(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
+    import quality_lm_eval
+
+    if options.lm_eval_python is None:
+        sys.exit("lm-eval needs --lm-eval-python: the python of a venv that has lm_eval[hf]")
+    sets = [ROOT / "golden_sets" / name for name in ("order-route", "order-extract")]
+    with tempfile.TemporaryDirectory(prefix="quantgate-bench-") as folder:
+        found = quality_lm_eval.compare(
+            options.lm_eval_python, demo_folder(), sets, Path(folder),
+            num_items=32 if options.quick else None,
+        )  # fmt: skip
+    for one in found.sets:
+        print(
+            f"lm-eval {one.golden_set:14} {one.items:5} items   ours {one.our_seconds:6.1f} s   "
+            f"lm_eval {one.their_seconds:6.1f} s   {one.speedup:4.1f} x   accuracy "
+            f"{one.our_accuracy:.4f} and {one.their_accuracy:.4f}   "
+            f"{len(one.differing_items)} items differ"
+        )
+    print(f"lm-eval scoring {found.speedup:.1f} x, with both starts {found.whole_speedup:.1f} x")
+    missed = [
+        f"{one.golden_set}: {', '.join(one.differing_items)} scored differently"
+        for one in found.sets
+        if one.differing_items
+    ]
+    if found.speedup < quality_lm_eval.MIN_SPEEDUP:
+        missed.append(f"lm-eval {found.speedup:.1f} x (wanted {quality_lm_eval.MIN_SPEEDUP:.0f} x)")
+    return asdict(found) | {"speedup": found.speedup, "whole_speedup": found.whole_speedup}, missed
 
 
 def measure_audit(folder: Path, *, num_layers: int) -> list[dict[str, Any]]:

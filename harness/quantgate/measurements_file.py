@@ -24,8 +24,9 @@ from quantgate.measure import (
     PairedBlocks,
     Scalar,
 )
+from quantgate.resolution import NoiseFloor, NoiseFloors
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 JsonObject: TypeAlias = dict[str, Any]
 
@@ -70,6 +71,7 @@ class MeasurementSet:
 
     `policy_sha256` is the policy that was measured for. `reference` and `champion` are the
     baselines that were really measured against, which another policy may not silently rename.
+    `noise_floors` is how far the reference differs from itself, by metric.
     """
 
     release_id: str
@@ -77,8 +79,13 @@ class MeasurementSet:
     reference: str
     champion: str
     variants: Mapping[str, VariantMeasurements]
+    noise_floors: NoiseFloors
 
     def __post_init__(self) -> None:
+        for metric, floor in self.noise_floors.items():
+            if metric != floor.metric:
+                raise InvalidMeasurement(f'"{metric}" holds the noise floor of "{floor.metric}"')
+        object.__setattr__(self, "noise_floors", types.MappingProxyType(dict(self.noise_floors)))
         for name, measured in self.variants.items():
             if name != measured.variant:
                 raise InvalidMeasurement(f'"{name}" holds the measurements of "{measured.variant}"')
@@ -126,6 +133,7 @@ def write_measurements(path: Path, measurements: MeasurementSet) -> None:
             }
             for name, measured in measurements.variants.items()
         },
+        "noise_floors": [to_json(floor) for floor in measurements.noise_floors.values()],
     }
     write_json(path, content)
 
@@ -153,6 +161,8 @@ def read_measurements(path: Path) -> MeasurementSet:
         for name, entry in _object(where, content.get("variants")).items():
             where = f"variants.{name}"
             variants[name] = _read_variant(name, _object(where, entry))
+        where = "noise_floors"
+        noise_floors = _read_floors(_list(where, content.get(where)))
         where = "the file"
         return MeasurementSet(
             release_id=_text(content, "release_id"),
@@ -160,6 +170,7 @@ def read_measurements(path: Path) -> MeasurementSet:
             reference=_text(content, "reference"),
             champion=_text(content, "champion"),
             variants=variants,
+            noise_floors=noise_floors,
         )
     except json.JSONDecodeError as error:
         raise MeasurementsFileError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
@@ -168,9 +179,7 @@ def read_measurements(path: Path) -> MeasurementSet:
 
 
 def _read_variant(name: str, entry: JsonObject) -> VariantMeasurements:
-    items = entry.get("measurements")
-    if not isinstance(items, list):
-        raise InvalidMeasurement("measurements is not a list")
+    items = _list("measurements", entry.get("measurements"))
     measurements: dict[str, Measurement] = {}
     for index, item in enumerate(items):
         try:
@@ -186,6 +195,24 @@ def _read_variant(name: str, entry: JsonObject) -> VariantMeasurements:
         artifact_sha256=_text(entry, "artifact_sha256"),
         measurements=measurements,
     )
+
+
+def _read_floors(items: list[object]) -> dict[str, NoiseFloor]:
+    floors: dict[str, NoiseFloor] = {}
+    for item in items:
+        floor = from_json(item)
+        if not isinstance(floor, Scalar | Missing):
+            raise InvalidMeasurement(f"{floor.metric}: a noise floor is one number, or missing")
+        if floor.metric in floors:
+            raise InvalidMeasurement(f"{floor.metric} appears twice")
+        floors[floor.metric] = floor
+    return floors
+
+
+def _list(name: str, value: object) -> list[object]:
+    if not isinstance(value, list):
+        raise InvalidMeasurement(f"{name} is not a list")
+    return value
 
 
 def _object(name: str, value: object) -> JsonObject:

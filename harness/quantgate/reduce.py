@@ -21,6 +21,7 @@ from quantgate.measure import Binomial, Measurement, Missing, Scalar
 from quantgate.quality import distribution_results
 from quantgate.quality.golden import GoldenSet
 from quantgate.quality.results import count_errors, missing_golden_set, reduce_golden_set
+from quantgate.quality.served import missing_served, reduce_served
 from quantgate.quality.stage import QualityResult
 from quantgate.release_folder import ReleaseFolder
 
@@ -42,6 +43,9 @@ class VariantEvidence:
     candidate: QualityResult
     overlap: str | None
     distribution_failure: str | None
+    served_failure: str | None
+    noise: Sequence[Measurement]
+    """Of the reference against itself: the same for all variants."""
     load_failure: str | None
     is_champion: bool
     num_blocks: int
@@ -53,6 +57,8 @@ def reduce_variant(evidence: VariantEvidence, release: ReleaseFolder) -> Mapping
         *_audit(evidence, release),
         *_quality(evidence, release),
         *_distribution(evidence, release),
+        *_served(evidence, release),
+        *evidence.noise,
         *_load(evidence, release),
     ]
     return {measurement.metric: measurement for measurement in measurements}
@@ -100,6 +106,20 @@ def _distribution(evidence: VariantEvidence, release: ReleaseFolder) -> list[Mea
     if reason:
         return [Missing(metric=metric, reason=reason) for metric in distribution_results.METRICS]
     return distribution_results.reduce_distribution(path, source=_source(path, release))
+
+
+def _served(evidence: VariantEvidence, release: ReleaseFolder) -> list[Measurement]:
+    """The server against offline scoring of the same variant: no matter what calibrated it."""
+    distribution, served = release.distribution(evidence.name), release.served(evidence.name)
+    reason = evidence.served_failure or evidence.distribution_failure
+    if reason:
+        return missing_served(reason)
+    if not distribution.is_file() or not served.is_file():
+        return []
+    try:
+        return reduce_served(distribution, served, source=_source(served, release))
+    except MeasurementError as error:
+        return missing_served(str(error))
 
 
 def _load(evidence: VariantEvidence, release: ReleaseFolder) -> list[Measurement]:
@@ -161,4 +181,4 @@ def _stability(
 
 
 def _source(path: Path, release: ReleaseFolder) -> str:
-    return path.relative_to(release.path).as_posix()
+    return release.relative(path)

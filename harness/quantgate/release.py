@@ -7,7 +7,6 @@ where it stopped, and judging can be done again anywhere.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from quantgate.audit.stage import AuditResult, audit_variants
 from quantgate.candidates import build_candidates
 from quantgate.champion import Champion, find_champion
 from quantgate.errors import MeasurementError, UsageError
-from quantgate.files import sha256_of_json, write_bytes, write_json
+from quantgate.files import write_bytes, write_json
 from quantgate.load.stage import CHAMPION_ARM, Arm, measure_load, workload_digests
 from quantgate.load.workload import BlockWorkload, make_block_workload
 from quantgate.machine import describe_machine
@@ -27,20 +26,18 @@ from quantgate.measurements_file import (
     write_measurements,
 )
 from quantgate.plan import Plan, ReleaseRequest, make_plan
-from quantgate.policy import SOURCE, Policy, load_policy, required_gates
+from quantgate.policy import Policy, load_policy, required_gates
 from quantgate.preflight import check_variants
 from quantgate.progress import Progress
-from quantgate.quality.distribution import Candidate, compare_with_reference
+from quantgate.quality.evidence import measure_evidence
 from quantgate.quality.lock import lock_sha256
 from quantgate.quality.overlap import find_overlap
-from quantgate.quality.rendering import RenderedPrompt, Renderer
-from quantgate.quality.stage import QualityResult, ServedModel, engine_sha256, measure_quality
-from quantgate.quality.teacher import teacher_sha256
+from quantgate.quality.rendering import Renderer
 from quantgate.reduce import VariantEvidence, reduce_variant
 from quantgate.release_folder import JUDGED, MEASURED, ReleaseFolder, open_release, store_of
 from quantgate.server_pool import ServerPool
 from quantgate.variants.build import Variant
-from quantgate.variants.scheme import CALIBRATED_SCHEMES, DEFAULT_GROUP_SIZE
+from quantgate.variants.scheme import CALIBRATED_SCHEMES
 from quantgate.verdict import Decision, judge_release
 from quantgate.verdicts_file import ReleaseVerdicts, collect_verdicts, write_verdicts
 
@@ -94,8 +91,7 @@ def measure_release(request: ReleaseRequest, progress: Progress) -> ReleaseFolde
         write_bytes(release.audit(name), path.read_bytes())
     champion = find_champion(plan.policy, plan.source, variants, request.serving_config)
     with ServerPool(plan.server, keeps_running=plan.device == "cpu") as servers:
-        quality = _measure_quality(plan, release, variants, servers, progress)
-        distribution = _measure_distribution(plan, release, variants, progress)
+        quality = measure_evidence(plan, release, variants, servers, progress)
         load = _measure_load(plan, release, variants, champion, servers, progress)
     measured = {
         name: VariantMeasurements(
@@ -108,10 +104,12 @@ def measure_release(request: ReleaseRequest, progress: Progress) -> ReleaseFolde
                     is_calibrated=plan.policy.variants[name].scheme in CALIBRATED_SCHEMES,
                     audit_failure=audits.failures.get(name),
                     golden_sets=plan.golden_sets,
-                    reference=quality[plan.policy.reference],
-                    candidate=quality[name],
+                    reference=quality.answers[plan.policy.reference],
+                    candidate=quality.answers[name],
                     overlap=_overlap(plan, variant),
-                    distribution_failure=distribution.get(name),
+                    distribution_failure=quality.distribution_failures.get(name),
+                    served_failure=quality.served_failures.get(name),
+                    noise=quality.noise,
                     load_failure=_load_failure(load, name, variant.folder == champion.folder),
                     is_champion=variant.folder == champion.folder,
                     num_blocks=plan.policy.workload.blocks if plan.policy.workload else 0,
@@ -129,6 +127,7 @@ def measure_release(request: ReleaseRequest, progress: Progress) -> ReleaseFolde
             reference=plan.policy.reference,
             champion=champion.name,
             variants=measured,
+            noise_floors=quality.noise_floors,
         ),
     )
     release.update_state(stage=MEASURED, judged_variants=list(plan.names))
@@ -196,125 +195,6 @@ def _audit(plan: Plan, variants: dict[str, Variant], log: Path, progress: Progre
     for name, reason in result.failures.items():
         progress.note(f"{name}: {reason}")
     return result
-
-
-def _measure_quality(
-    plan: Plan,
-    release: ReleaseFolder,
-    variants: dict[str, Variant],
-    servers: ServerPool,
-    progress: Progress,
-) -> dict[str, QualityResult]:
-    """Asks the reference and every variant the golden sets, two servers at a time on a CPU."""
-    models = [
-        ServedModel(name=v.name, folder=v.folder, artifact_sha256=v.manifest.artifact_sha256)
-        for v in variants.values()
-    ]
-    if plan.policy.reference == SOURCE:
-        source = plan.source
-        models.insert(
-            0, ServedModel(name=SOURCE, folder=source.folder, artifact_sha256=source.sha256)
-        )
-    num_items = sum(len(golden.items) for golden in plan.golden_sets)
-    progress.stage("quality", num_items * len(models))
-
-    def measure(model: ServedModel) -> QualityResult:
-        return measure_quality(
-            model,
-            plan.golden_sets,
-            store=store_of(plan.runs) / "results",
-            log=release.log(model.name),
-            servers=servers,
-            timeout_s=plan.timeout_s * 10,
-            on_answers=lambda count: progress.step(count, model.name),
-        )
-
-    # A server with one thread leaves the other core to its neighbour; a GPU is not shared.
-    together = 2 if plan.device == "cpu" and plan.server.threads == 1 else 1
-    with ThreadPoolExecutor(max_workers=together) as pool:
-        results = dict(zip((m.name for m in models), pool.map(measure, models), strict=True))
-    for name, result in results.items():
-        for golden, path in result.items.items():
-            write_bytes(release.items(name, golden), path.read_bytes())
-        for golden, reason in result.missing.items():
-            progress.note(f"{name}: {golden}: {reason.splitlines()[0]}")
-    return results
-
-
-def _measure_distribution(
-    plan: Plan, release: ReleaseFolder, variants: dict[str, Variant], progress: Progress
-) -> dict[str, str]:
-    """Teacher-forced KL against the reference; returns failures by variant."""
-    if plan.policy.distribution is None or plan.documents is None:
-        return {}
-    progress.stage("distribution", len(variants))
-    reference = plan.source.folder
-    reference_sha256 = plan.source.sha256
-    if plan.policy.reference != SOURCE:
-        reference = variants[plan.policy.reference].folder
-        reference_sha256 = variants[plan.policy.reference].manifest.artifact_sha256
-    rendered = Renderer(reference).render(plan.documents)
-    max_tokens = plan.policy.distribution.max_tokens
-    store = store_of(plan.runs) / "results"
-    store.mkdir(parents=True, exist_ok=True)
-    paths: dict[str, Path] = {}
-    for name, variant in variants.items():
-        key = sha256_of_json(
-            {
-                "reference": reference_sha256,
-                "candidate": variant.manifest.artifact_sha256,
-                "items": plan.documents.items_sha256,
-                "max_tokens": max_tokens,
-                "dtype": plan.dtype,
-                "device": plan.device,
-                "engine": engine_sha256(),
-                "teacher": teacher_sha256(),
-                "scheme": variant.manifest.scheme,
-                "group_size": _group_size(plan, name),
-            }
-        )
-        paths[name] = store / f"distribution-{key[:24]}.parquet"
-    wanted = {
-        name: Candidate(
-            folder=variant.folder,
-            scheme=plan.policy.variants[name].scheme,
-            group_size=_group_size(plan, name),
-        )
-        for name, variant in variants.items()
-        if not paths[name].is_file()
-    }
-    for name in variants:
-        if name not in wanted:
-            progress.step(note=f"{name} reused")
-    failures = compare_with_reference(
-        reference,
-        wanted,
-        _with_next_token(rendered, max_tokens),
-        out=paths,
-        log=release.path / "distribution.log",
-        device=plan.device,
-        dtype=plan.dtype,
-        threads=plan.server.threads,
-        max_tokens=max_tokens,
-        on_done=lambda name: progress.step(note=name),
-    )
-    for name, path in paths.items():
-        if path.is_file():
-            write_bytes(release.distribution(name), path.read_bytes())
-    for name, reason in failures.items():
-        progress.note(f"{name}: {reason}")
-    return failures
-
-
-def _group_size(plan: Plan, name: str) -> int:
-    return plan.policy.variants[name].group_size or DEFAULT_GROUP_SIZE
-
-
-def _with_next_token(rendered: list[RenderedPrompt], max_tokens: int) -> list[RenderedPrompt]:
-    usable = [document for document in rendered if min(len(document.ids), max_tokens) >= 2]
-    if not usable:
-        raise UsageError("distribution: no document has two tokens, so nothing can be compared.")
-    return usable
 
 
 def _measure_load(

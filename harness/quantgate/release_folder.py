@@ -57,6 +57,17 @@ class ReleaseFolder:
     def distribution(self, variant: str) -> Path:
         return self.variant(variant) / "distribution.parquet"
 
+    def served(self, variant: str) -> Path:
+        return self.variant(variant) / "served.parquet"
+
+    def rerun(self, reference: str, name: str) -> Path:
+        """What the reference gave at another batch size and order: a golden set, or `served`."""
+        return self.variant(reference) / "noise_floor" / f"{name}.parquet"
+
+    def relative(self, path: Path) -> str:
+        """A file of the release as measurements name it."""
+        return path.relative_to(self.path).as_posix()
+
     def log(self, variant: str) -> Path:
         return self.variant(variant) / "server.log"
 

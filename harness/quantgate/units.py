@@ -48,7 +48,14 @@ _QUANTITY = re.compile(r"\s*([+-]?(?:\d+(?:_\d+)*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)
 
 SECTIONS = ("audit", "quality", "validity", "divergence", "perf", "memory", "stability")
 DISTRIBUTION_NOUNS = ("kl_nats", "nll_nats", "top1_agreement", "perplexity", "non_finite")
-"""Quality metrics measured off the server on token ids; any other noun is a golden set."""
+"""Quality metrics measured off the server on token ids."""
+SERVED_NOUNS = (
+    "served_kl_nats",
+    "served_logprob_difference_nats",
+    "noise_floor_kl_nats",
+    "noise_floor_logprob_difference_nats",
+)
+"""Quality metrics of the serving path on the same token ids; any other noun is a golden set."""
 
 _METRIC = re.compile(
     r"(?P<section>[a-z]+)/(?P<noun>[A-Za-z0-9][\w.-]*)\.(?P<statistic>[A-Za-z]\w*)"
@@ -103,7 +110,7 @@ class MetricName:
         """The noun names a golden set, and the statistic a scorer or a validity check."""
         if self.section == "validity":
             return True
-        return self.section == "quality" and self.stem not in DISTRIBUTION_NOUNS
+        return self.section == "quality" and self.stem not in (*DISTRIBUTION_NOUNS, *SERVED_NOUNS)
 
     @property
     def stem(self) -> str:

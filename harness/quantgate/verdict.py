@@ -20,6 +20,7 @@ from quantgate.gate import Gate, TestName
 from quantgate.measure import Measurement, Missing
 from quantgate.measurements_file import MeasurementSet
 from quantgate.policy import SOURCE, Policy, required_gates
+from quantgate.resolution import why_too_fine
 from quantgate.units import convert, parse_metric
 
 
@@ -254,7 +255,11 @@ def _judge_stored(
     if wanted != baseline:
         reason = f"measured against {baseline}, the policy's reference is {wanted}"
         return _invalid(gate, variant, baseline, reason=reason, n=0, source=source)
-    return judge(gate, measurement, variant=variant, baseline=baseline)
+    verdict = judge(gate, measurement, variant=variant, baseline=baseline)
+    too_fine = why_too_fine(gate, measurements.noise_floors)
+    if verdict.outcome is Outcome.INVALID or too_fine is None:
+        return verdict
+    return _invalid(gate, variant, baseline, reason=too_fine, n=verdict.n, source=source)
 
 
 def _outcome(gate: Gate, found: Finding) -> Outcome:

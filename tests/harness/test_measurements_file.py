@@ -29,6 +29,7 @@ from quantgate.measurements_file import (
     to_json,
     write_measurements,
 )
+from quantgate.resolution import NoiseFloor
 
 EVERY_KIND: tuple[Measurement, ...] = (
     Scalar(metric="memory/peak_bytes.max", source="s.json", value=5e8, unit="B", n=40),
@@ -68,6 +69,12 @@ EVERY_KIND: tuple[Measurement, ...] = (
 )
 
 
+FLOORS: tuple[NoiseFloor, ...] = (
+    Scalar(metric="quality/kl_nats.mean", source="again.parquet", value=1e-7, unit="nats", n=9),
+    Missing(metric="quality/set.exact_match", reason="server died"),
+)
+
+
 def release(*measurements: Measurement) -> MeasurementSet:
     measured = VariantMeasurements(
         variant="int8",
@@ -81,6 +88,7 @@ def release(*measurements: Measurement) -> MeasurementSet:
         reference="source",
         champion="bf16",
         variants={"int8": measured},
+        noise_floors={floor.metric: floor for floor in FLOORS},
     )
 
 
@@ -153,7 +161,7 @@ def test_what_is_not_an_object_is_not_a_measurement() -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c.update(schema_version=2), "the file: schema_version is 2; expected 1"),
+        (lambda c: c.update(schema_version=1), "the file: schema_version is 1; expected 2"),
         (lambda c: c.pop("release_id"), "the file: release_id is None; expected text"),
         (lambda c: c.update(reference=""), "the file: reference is ''; expected text"),
         (lambda c: c.update(variants=[]), "variants: variants is not a JSON object"),
@@ -170,6 +178,15 @@ def test_what_is_not_an_object_is_not_a_measurement() -> None:
         (
             lambda c: c["variants"]["int8"]["measurements"].append(to_json(EVERY_KIND[0])),
             r"measurements\[8\]: memory/peak_bytes.max appears twice",
+        ),
+        (lambda c: c.pop("noise_floors"), "noise_floors: noise_floors is not a list"),
+        (
+            lambda c: c["noise_floors"].append(to_json(EVERY_KIND[3])),
+            "noise_floors: .*: a noise floor is one number, or missing",
+        ),
+        (
+            lambda c: c["noise_floors"].append(to_json(FLOORS[0])),
+            "noise_floors: quality/kl_nats.mean appears twice",
         ),
     ],
 )
@@ -234,4 +251,17 @@ def test_measurements_stand_under_their_own_variant() -> None:
             reference="source",
             champion="bf16",
             variants={"int4": release().variants["int8"]},
+            noise_floors={},
+        )
+
+
+def test_noise_floors_stand_under_their_own_metric() -> None:
+    with pytest.raises(InvalidMeasurement, match=r'p99" holds the noise floor of "quality/kl_nats'):
+        MeasurementSet(
+            release_id="r",
+            policy_sha256="0",
+            reference="source",
+            champion="bf16",
+            variants={},
+            noise_floors={"quality/kl_nats.p99": FLOORS[0]},
         )

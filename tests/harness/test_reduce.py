@@ -16,6 +16,7 @@ from quantgate.load.results import ABSOLUTE_METRICS, RATIO_METRICS
 from quantgate.load.stage import CHAMPION_ARM
 from quantgate.measure import Binomial, Latencies, Measurement, Missing, PairedBlocks, Scalar
 from quantgate.quality.distribution_results import METRICS
+from quantgate.quality.served import METRICS as SERVED_METRICS
 from quantgate.quality.stage import QualityResult
 from quantgate.reduce import (
     ERROR_METRIC,
@@ -76,6 +77,8 @@ def reduce(
         "candidate": asked,
         "overlap": None,
         "distribution_failure": None,
+        "served_failure": None,
+        "noise": (),
         "load_failure": None,
         "is_champion": False,
         "num_blocks": NUM_BLOCKS,
@@ -161,8 +164,18 @@ def test_a_policy_without_a_workload_has_no_load_metric(release: ReleaseFolder) 
     assert reduce(release, num_blocks=0) == {}
 
 
-@pytest.mark.parametrize("key", ["distribution_failure", "overlap"])
-def test_a_distribution_that_proves_nothing_is_missing(release: ReleaseFolder, key: str) -> None:
+@pytest.mark.parametrize(
+    ("key", "metrics"),
+    [
+        # The server can be compared with offline scoring whatever calibrated the variant.
+        ("overlap", METRICS),
+        ("distribution_failure", (*METRICS, *SERVED_METRICS)),
+        ("served_failure", SERVED_METRICS),
+    ],
+)
+def test_a_distribution_that_proves_nothing_is_missing(
+    release: ReleaseFolder, key: str, metrics: tuple[str, ...]
+) -> None:
     found = reduce(release, num_blocks=0, **{key: "the candidate has NaN weights"})
-    assert found.keys() == set(METRICS)
+    assert found.keys() == set(metrics)
     assert reasons(found) == {"the candidate has NaN weights"}

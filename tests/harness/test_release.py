@@ -12,9 +12,11 @@ from quantgate.errors import ArtifactError, UsageError
 from quantgate.load.stage import CHAMPION_ARM
 from quantgate.measure import Binomial, Clustered, Latencies, Missing, PairedBinary, Scalar
 from quantgate.measurements_file import read_measurements
+from quantgate.policy import load_policy
 from quantgate.progress import Silent
 from quantgate.release import ReleaseResult, judge_stored, measure_release
 from quantgate.release_folder import MEASURING, RECORDED, ReleaseFolder, releases
+from quantgate.resolution import why_too_fine
 from quantgate.verdict import Outcome
 from quantgate.verdicts_file import read_verdicts
 
@@ -42,6 +44,9 @@ def test_every_metric_has_a_value_of_the_kind_its_gates_need(mini_release: Relea
         "validity/order-total.finished": Binomial,
         "quality/kl_nats.mean": Clustered,
         "quality/top1_agreement.rate": Clustered,
+        "quality/served_kl_nats.mean": Clustered,
+        "quality/served_logprob_difference_nats.max": Scalar,
+        "quality/noise_floor_kl_nats.mean": Clustered,
         "perf/e2e_ms.p95": Latencies,
         "memory/peak_bytes.max": Scalar,
         "stability/oom.count": Scalar,
@@ -51,6 +56,31 @@ def test_every_metric_has_a_value_of_the_kind_its_gates_need(mini_release: Relea
     # On a busy machine the load client may be late, which is Missing and never a number.
     assert found["perf/e2e_ms.p95"] in (Latencies, Missing)
     assert found | {"perf/e2e_ms.p95": Latencies} == kinds
+
+
+def test_the_reference_was_asked_twice_and_no_gate_is_finer_than_its_noise(
+    mini_release: ReleaseResult,
+) -> None:
+    folder = mini_release.folder
+    for name in ("order-total", "order-route", "served"):
+        assert folder.rerun("source", name).is_file()
+    floors = read_measurements(folder.measurements).noise_floors
+    for gate in load_policy(folder.policy).gates:
+        assert why_too_fine(gate, floors) is None
+        if gate.metric.startswith(("quality/", "validity/")):
+            floor = floors[gate.metric]
+            assert isinstance(floor, Scalar)
+            assert floor.source.startswith("source/noise_floor/")
+
+
+def test_the_server_says_of_every_variant_what_offline_scoring_says(
+    mini_release: ReleaseResult,
+) -> None:
+    for measured in read_measurements(mini_release.folder.measurements).variants.values():
+        worst = measured.measurements["quality/served_logprob_difference_nats.max"]
+        assert isinstance(worst, Scalar)
+        # FP32 sums in another order.
+        assert 0 < worst.value < 1e-3
 
 
 def test_quantizing_to_four_bits_changes_the_distribution_more_than_a_cast(

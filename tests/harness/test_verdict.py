@@ -25,6 +25,7 @@ from quantgate.measure import (
 )
 from quantgate.measurements_file import MeasurementSet, VariantMeasurements
 from quantgate.policy import Policy, load_policy, required_gates
+from quantgate.resolution import NoiseFloors
 from quantgate.verdict import (
     Decision,
     Outcome,
@@ -483,7 +484,15 @@ def policy(tmp_path: Path) -> Policy:
     return load_policy(path)
 
 
-def measured(reference: str = "source", scheme: str = "int8-bnb") -> MeasurementSet:
+def floor(value: float) -> Scalar:
+    return Scalar(
+        metric=QUALITY.metric, source="again.parquet", value=value, unit="1", n=400, note="A/A"
+    )
+
+
+def measured(
+    reference: str = "source", scheme: str = "int8-bnb", floors: NoiseFloors | None = None
+) -> MeasurementSet:
     idle = Scalar(metric="memory/idle_bytes.max", source="s", value=1.0, unit="GiB", n=1)
     entries = {
         name: VariantMeasurements(
@@ -495,7 +504,12 @@ def measured(reference: str = "source", scheme: str = "int8-bnb") -> Measurement
         for name, kind in (("bf16", "bf16"), ("int8", scheme))
     }
     return MeasurementSet(
-        release_id="r", policy_sha256="0", reference=reference, champion="bf16", variants=entries
+        release_id="r",
+        policy_sha256="0",
+        reference=reference,
+        champion="bf16",
+        variants=entries,
+        noise_floors={QUALITY.metric: floor(0.0)} if floors is None else floors,
     )
 
 
@@ -608,3 +622,27 @@ def test_judging_a_release_of_four_variants_takes_less_than_a_second(policy: Pol
             judged(QUALITY, paired(20, 15, 1500))
         judge_release(policy, measured())
     assert time.process_time() - start < 1.0
+
+
+def test_a_gate_finer_than_the_noise_floor_is_invalid_whatever_was_measured(
+    policy: Policy,
+) -> None:
+    noisy = measured(floors={QUALITY.metric: floor(0.06)})
+    for decision in judge_release(policy, noisy):
+        verdict = decision.verdicts[0]
+        assert (verdict.gate_id, verdict.outcome, verdict.n) == ("quality", INVALID, 400)
+        assert "finer than the noise floor" in verdict.reason
+        assert verdict.source == "set.parquet"
+        assert not decision.approved
+
+
+def test_a_gate_whose_noise_was_not_measured_is_invalid(policy: Policy) -> None:
+    [decision] = judge_release(policy, measured(floors={}), variants=["bf16"])
+    assert decision.verdicts[0].outcome is INVALID
+    assert "the reference was not measured against itself" in decision.verdicts[0].reason
+
+
+def test_what_is_not_measured_is_said_before_what_is_too_fine(policy: Policy) -> None:
+    noisy = measured(scheme="int4-nf4", floors={})
+    [decision] = judge_release(policy, noisy, variants=["int8"])
+    assert "measured on scheme" in decision.verdicts[0].reason

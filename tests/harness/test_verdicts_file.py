@@ -50,6 +50,7 @@ def verdicts(tmp_path: Path) -> ReleaseVerdicts:
         reference="source",
         champion="bf16",
         variants={"bf16": bf16},
+        noise_floors={},
     )
     return collect_verdicts(policy, measurements, judge_release(policy, measurements))
 

@@ -26,7 +26,7 @@ from quantgate.quality.rendering import Renderer
 from quantgate.quality.results import missing_golden_set, reduce_golden_set
 from quantgate.quality.stage import QualityResult, ServedModel, measure_quality
 from quantgate.server_pool import ServerPool
-from quantgate.units import parse_metric
+from quantgate.units import SERVED_NOUNS, parse_metric
 from quantgate.variants.build import Variant
 from quantgate.variants.scheme import CALIBRATED_SCHEMES, DEFAULT_GROUP_SIZE
 
@@ -43,8 +43,13 @@ class Measured:
 
 
 def layer_of(gate: Gate) -> str | None:
-    """The layer that measures a gate's metric; None for speed, memory and stability."""
+    """The layer that measures a gate's metric; None for speed, memory, stability, served = offline.
+
+    A fault of the drill is planted into the server and into offline scoring alike.
+    """
     name = parse_metric(gate.metric)
+    if name.stem in SERVED_NOUNS:
+        return None
     if name.section == "audit":
         return AUDIT
     if name.is_golden_set:

@@ -7,27 +7,22 @@ compared by the log-probability of their tokens after the prompt.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 
-from quantgate.errors import MeasurementError
+from quantgate.quality.completions import (
+    FULL_BATCHES,
+    UNEXPECTED,
+    Batching,
+    CompletionClient,
+    complete_each,
+)
 from quantgate.quality.golden import GoldenSet, Task
 from quantgate.quality.rendering import RenderedPrompt
-
-
-class _Refused(MeasurementError):
-    """The server answered, and refused."""
-
-
-# Prompts per HTTP request, and requests in flight: enough to keep a batch full, with few messages.
-_PROMPTS_PER_REQUEST = 16
-_REQUESTS_IN_FLIGHT = 4
-_UNEXPECTED = "the server's answer is not of the expected form"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,39 +39,6 @@ class Answer:
     error: str | None = None
 
 
-@dataclass(slots=True)
-class _Client:
-    session: aiohttp.ClientSession
-    url: str
-    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_REQUESTS_IN_FLIGHT))
-
-    async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        """One completion request.
-
-        Raises:
-            _Refused: the server answered with an error.
-            MeasurementError: it did not answer, or not in JSON.
-        """
-        async with self.slots:
-            try:
-                async with self.session.post(f"{self.url}/v1/completions", json=body) as response:
-                    text = await response.text()
-                if response.status != 200:
-                    raise _Refused(f"HTTP {response.status}: {_error_message(text)}")
-                payload: dict[str, Any] = json.loads(text)
-            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-                raise MeasurementError(f"{type(error).__name__}: {error}") from error
-        return payload
-
-
-def _error_message(text: str) -> str:
-    """What an error answer says, in OpenAI's form or any other."""
-    try:
-        return str(json.loads(text)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return text[:200]
-
-
 def ask_golden_set(
     url: str,
     golden: GoldenSet,
@@ -84,13 +46,16 @@ def ask_golden_set(
     *,
     timeout_s: float,
     on_answers: Callable[[int], None] | None = None,
+    batching: Batching = FULL_BATCHES,
 ) -> list[Answer]:
     """Asks every item; answers come back in the order of `prompts`.
 
     A refused or failed item is an Answer with `error`, since a missing answer must count against
     the variant. `on_answers` is told how many more items have been answered.
     """
-    return asyncio.run(_ask_all(url, golden, prompts, timeout_s, on_answers or (lambda _: None)))
+    return asyncio.run(
+        _ask_all(url, golden, prompts, timeout_s, on_answers or (lambda _: None), batching)
+    )
 
 
 async def _ask_all(
@@ -99,15 +64,13 @@ async def _ask_all(
     prompts: Sequence[RenderedPrompt],
     timeout_s: float,
     on_answers: Callable[[int], None],
+    batching: Batching,
 ) -> list[Answer]:
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     async with aiohttp.ClientSession(timeout=timeout) as session:
-        client = _Client(session, url)
+        client = CompletionClient(session, url, batching)
         ask = _ask_choices if golden.task.output_type == "multiple_choice" else _ask_texts
-        # Like lengths together, so that a batch is not held by its longest prompt.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-        size = _PROMPTS_PER_REQUEST
-        groups = [order[start : start + size] for start in range(0, len(order), size)]
+        groups = batching.groups([len(prompt.ids) for prompt in prompts])
 
         async def answer(group: list[int]) -> list[tuple[int, Answer]]:
             asked = [prompts[i] for i in group]
@@ -120,7 +83,7 @@ async def _ask_all(
 
 
 async def _ask_texts(
-    client: _Client, task: Task, prompts: Sequence[RenderedPrompt]
+    client: CompletionClient, task: Task, prompts: Sequence[RenderedPrompt]
 ) -> list[Answer]:
     body = {
         "max_tokens": task.generation_kwargs.max_gen_toks,
@@ -128,18 +91,18 @@ async def _ask_texts(
         "stop": list(task.generation_kwargs.until) or None,
         "return_token_ids": True,
     }
-    choices = await _complete_each(client, body, [list(p.ids) for p in prompts])
+    choices = await complete_each(client, body, [list(p.ids) for p in prompts])
     return [_read(p, [choice], _read_text) for p, choice in zip(prompts, choices, strict=True)]
 
 
 async def _ask_choices(
-    client: _Client, task: Task, prompts: Sequence[RenderedPrompt]
+    client: CompletionClient, task: Task, prompts: Sequence[RenderedPrompt]
 ) -> list[Answer]:
     answers: dict[str, Answer] = {}
     short = [p for p in prompts if all(len(ids) == 1 for ids in p.choice_ids)]
     for ids, group in _by_choices(short).items():
         body = {"max_tokens": 1, "temperature": 0.0, "logprob_token_ids": list(ids)}
-        choices = await _complete_each(client, body, [list(p.ids) for p in group])
+        choices = await complete_each(client, body, [list(p.ids) for p in group])
         for prompt, choice in zip(group, choices, strict=True):
             answers[prompt.item.id] = _read(prompt, [choice], _read_short_choices)
     for prompt in prompts:
@@ -158,35 +121,11 @@ def _by_choices(
     return groups
 
 
-async def _ask_long_choices(client: _Client, prompt: RenderedPrompt) -> Answer:
+async def _ask_long_choices(client: CompletionClient, prompt: RenderedPrompt) -> Answer:
     """Scores each choice by the summed log-probability of its tokens, echoed after the prompt."""
     body = {"max_tokens": 0, "temperature": 0.0, "echo": True, "logprobs": 1}
     whole = [[*prompt.ids, *ids] for ids in prompt.choice_ids]
-    return _read(prompt, await _complete_each(client, body, whole), _read_long_choices)
-
-
-async def _complete_each(
-    client: _Client, body: dict[str, Any], prompts: list[list[int]]
-) -> list[dict[str, Any] | str]:
-    """One choice per prompt, or the reason there is none.
-
-    Prompts travel together; when the server refuses the group each is asked alone, so that one bad
-    item does not cost its neighbours their answers. A server that does not answer is not asked
-    again: it would cost one timeout per item.
-    """
-    try:
-        payload = await client.complete(body | {"prompt": prompts})
-        by_index = {choice["index"]: choice for choice in payload["choices"]}
-        return [by_index[i] for i in range(len(prompts))]
-    except _Refused as error:
-        if len(prompts) == 1:
-            return [str(error)]
-    except MeasurementError as error:
-        return [str(error)] * len(prompts)
-    except (KeyError, TypeError) as error:
-        return [f"{_UNEXPECTED}: {error!r}"] * len(prompts)
-    alone = [_complete_each(client, body, [prompt]) for prompt in prompts]
-    return [choice for part in await asyncio.gather(*alone) for choice in part]
+    return _read(prompt, await complete_each(client, body, whole), _read_long_choices)
 
 
 def _read(
@@ -202,7 +141,7 @@ def _read(
     try:
         return read(prompt, usable)
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        return _failed(prompt, f"{_UNEXPECTED}: {error!r}")
+        return _failed(prompt, f"{UNEXPECTED}: {error!r}")
 
 
 def _read_text(prompt: RenderedPrompt, choices: list[dict[str, Any]]) -> Answer:

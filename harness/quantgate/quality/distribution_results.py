@@ -48,6 +48,11 @@ def reduce_distribution(path: Path, *, source: str) -> list[Measurement]:
     table = pq.read_table(path)
     if table.num_rows == 0:
         raise MeasurementError(f"{path}: no tokens were compared.")
+    return reduce_rows(table, source=source)
+
+
+def reduce_rows(table: pa.Table, *, source: str) -> list[Measurement]:
+    """The same, of rows in memory; at least one."""
     rows = _Rows(table, source)
     bad = rows.positions[~rows.is_finite]
     first = f"the first at position {bad.min()}, in {rows.bad_buckets()}" if len(bad) else ""

@@ -60,6 +60,12 @@ def slices_of(golden: GoldenSet) -> list[str]:
     return sorted({f".{slice_of_tag(tag)}" for item in golden.items for tag in item.tags})
 
 
+def items_of(golden: GoldenSet, part: str) -> BoolArray:
+    """The items that a slice's metrics are about; all of them for an empty `part`."""
+    slices = [{f".{slice_of_tag(tag)}" for tag in item.tags} for item in golden.items]
+    return np.array([not part or part in found for found in slices])
+
+
 def write_results(path: Path, golden: GoldenSet, answers: Sequence[Answer]) -> None:
     """Scores and checks every answer, and stores one row per item."""
     items = golden.items
@@ -126,10 +132,9 @@ def reduce_golden_set(
         )
         return [Missing(metric=m, reason=reason, source=source) for m in metrics_of(golden)]
     pair = _Pair(golden, theirs, ours, source)
-    everything = np.ones(len(ours), dtype=np.bool_)
-    measurements = list(pair.of("", everything))
-    for part in slices_of(golden):
-        measurements += pair.of(part, pair.with_tag(part))
+    measurements: list[Measurement] = []
+    for part in ("", *slices_of(golden)):
+        measurements += pair.of(part, items_of(golden, part))
     if golden.task.output_type == "generate_until":
         measurements += pair.divergence()
     return measurements
@@ -174,10 +179,6 @@ class _Pair:
                 source=self._source,
             )
 
-    def with_tag(self, part: str) -> BoolArray:
-        slices = [{f".{slice_of_tag(tag)}" for tag in tags} for tags in self._tags()]
-        return np.array([part in found for found in slices])
-
     def divergence(self) -> list[Measurement]:
         return divergence(
             self._golden.name,
@@ -185,10 +186,6 @@ class _Pair:
             self._candidate["token_ids"].to_pylist(),
             source=self._source,
         )
-
-    def _tags(self) -> list[list[str]]:
-        tags: list[list[str]] = self._candidate["tags"].to_pylist()
-        return tags
 
     def _columns(self, name: str, chosen: BoolArray) -> tuple[Any, Any]:
         arms = (self._reference, self._candidate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from quantgate.errors import MeasurementError, QuantgateError
 from quantgate.files import read_json, sha256_of_file, sha256_of_json, write_json
 from quantgate.quality.answers import ask_golden_set
+from quantgate.quality.completions import FULL_BATCHES, Batching
 from quantgate.quality.golden import GoldenSet
 from quantgate.quality.lock import changes_since_lock, read_lock
 from quantgate.quality.rendering import RenderedPrompt, Renderer
@@ -55,6 +56,7 @@ def measure_quality(
     servers: ServerPool,
     timeout_s: float,
     on_answers: Callable[[int], None],
+    batching: Batching = FULL_BATCHES,
 ) -> QualityResult:
     """Asks one model every golden set through the server, unless the store has the answers.
 
@@ -80,7 +82,7 @@ def measure_quality(
             )
             continue
         prompts[golden.name] = rendered
-        key = _key(model, golden, servers)
+        key = _key(model, golden, servers, batching)
         paths[golden.name] = store / f"{golden.name}-{key[:24]}.parquet"
     asked = [g for g in sets if g.name in paths and not _has_results(paths[g.name])]
     for golden in sets:
@@ -91,7 +93,7 @@ def measure_quality(
         try:
             _ask(
                 model, asked, prompts, paths, log=log, servers=servers, timeout_s=timeout_s,
-                on_answers=on_answers,
+                on_answers=on_answers, batching=batching,
             )  # fmt: skip
         except MeasurementError as error:
             has_died = True
@@ -117,13 +119,15 @@ def _ask(
     servers: ServerPool,
     timeout_s: float,
     on_answers: Callable[[int], None],
+    batching: Batching,
 ) -> None:
     with servers.serving(model.folder, log=log) as server:
         for golden in sets:
             before = server.oom_count()
             answers = ask_golden_set(
-                server.url, golden, prompts[golden.name], timeout_s=timeout_s, on_answers=on_answers
-            )
+                server.url, golden, prompts[golden.name], timeout_s=timeout_s,
+                on_answers=on_answers, batching=batching,
+            )  # fmt: skip
             # A server that died answers nothing: those are not the variant's answers.
             facts = {
                 "model": model.name,
@@ -135,7 +139,7 @@ def _ask(
             write_json(_sidecar(paths[golden.name]), facts)
 
 
-def _key(model: ServedModel, golden: GoldenSet, servers: ServerPool) -> str:
+def _key(model: ServedModel, golden: GoldenSet, servers: ServerPool, batching: Batching) -> str:
     """Results are found by what they depend on, never by a name."""
     return sha256_of_json(
         {
@@ -143,6 +147,7 @@ def _key(model: ServedModel, golden: GoldenSet, servers: ServerPool) -> str:
             "lock": dict(read_lock(golden.folder)),
             "engine": engine_sha256(),
             "server": servers.options.arguments(),
+            "batching": asdict(batching),
         }
     )
 

@@ -25,6 +25,8 @@ from quantgate.quality.healthy import make_healthy
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantgate_serve.offline import LoadedModel
+
 
 def main() -> None:
     import torch
@@ -38,7 +40,9 @@ def main() -> None:
     documents: list[dict[str, Any]] = request["documents"]
     dtype: str = request["dtype"]
     folder = Path(request["reference"])
-    reference = offline.load_model(folder, device=device, dtype=dtype)
+    reference = _Reference(
+        offline.load_model(folder, device=device, dtype=dtype), [d["ids"] for d in documents]
+    )
     # Twins of one scheme are the same model, and a few numbers a document are all that is kept.
     healthy: dict[tuple[str, int], list[Tensor]] = {}
     for candidate in request["candidates"]:
@@ -53,8 +57,8 @@ def main() -> None:
         rows: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         for index, document in enumerate(documents):
             ids = document["ids"]
-            expected = offline.logits(reference, ids)
-            compared = compare_logits(expected, offline.logits(model, ids), ids)
+            expected, found = reference.logits(index), offline.logits(model, ids)
+            compared = compare_logits(expected, found, ids) | best_tokens(found)
             if twin is not None:
                 rounded = compare_logits(expected, offline.logits(twin, ids), ids)
                 healthy[kind].append(rounded["kl_nats"])
@@ -63,6 +67,7 @@ def main() -> None:
             rows["document"] += [document["id"]] * count
             rows["tags"] += [document["tags"]] * count
             rows["position"] += range(1, count + 1)
+            rows["token_id"] += ids[1:]
             for name, values in compared.items():
                 rows[name] += values.tolist()
         write_with(Path(candidate["out"]), partial(pq.write_table, pa.table(rows, SCHEMA)))
@@ -71,6 +76,30 @@ def main() -> None:
         del model, twin
 
 
+class _Reference:
+    """The reference's logits: computed once, where they fit in memory for the next candidate."""
+
+    def __init__(self, loaded: LoadedModel, documents: list[list[int]]) -> None:
+        self._loaded = loaded
+        self._documents = documents
+        self._kept: dict[int, Tensor] = {}
+        self._num_free_bytes = _MAX_KEPT_BYTES
+
+    def logits(self, index: int) -> Tensor:
+        """[T, V] of one document, FP32."""
+        from quantgate_serve import offline
+
+        kept = self._kept.get(index)
+        if kept is not None:
+            return kept
+        found = offline.logits(self._loaded, self._documents[index])
+        if found.nbytes <= self._num_free_bytes:
+            self._num_free_bytes -= found.nbytes
+            self._kept[index] = found
+        return found
+
+
+_MAX_KEPT_BYTES = 2**30
 SCHEMA = pa.schema(
     {
         "document": pa.string(),
@@ -83,10 +112,15 @@ SCHEMA = pa.schema(
         "reference_nll_nats": pa.float64(),
         "candidate_nll_nats": pa.float64(),
         "is_finite": pa.bool_(),
+        "token_id": pa.int32(),
+        "candidate_top_ids": pa.list_(pa.int32()),
+        "candidate_top_log_probs": pa.list_(pa.float32()),
     }
 )
-"""`position` is that of the predicted token; `reference_margin` is the probability of the
-reference's first choice less that of its second; `healthy_kl_nats` is the healthy twin's KL."""
+"""`position` is that of the predicted token, `token_id` what it is; `reference_margin` is the
+probability of the reference's first choice less that of its second; `healthy_kl_nats` is the
+healthy twin's KL; the candidate's most likely tokens are what the server is compared with."""
+NUM_TOP = 16
 COLUMNS = tuple(SCHEMA.names)
 
 
@@ -138,6 +172,23 @@ def compare_logits(reference: Tensor, candidate: Tensor, ids: list[int]) -> dict
         "is_top1_equal": p.argmax(-1) == q.argmax(-1),
         "is_finite": is_finite,
     }
+
+
+def best_tokens(logits: Tensor) -> dict[str, Tensor]:
+    """The most likely next tokens of each position that has a next token.
+
+    Args:
+        logits: [T, V].
+
+    Returns:
+        [T - 1, NUM_TOP] ids and FP32 log-probabilities, fewer where V is smaller.
+    """
+    import torch
+
+    rows = logits[:-1].float()
+    top = rows.topk(min(NUM_TOP, rows.shape[-1]), dim=-1)
+    log_probs = top.values - torch.logsumexp(rows, dim=-1, keepdim=True)
+    return {"candidate_top_ids": top.indices, "candidate_top_log_probs": log_probs}
 
 
 if __name__ == "__main__":

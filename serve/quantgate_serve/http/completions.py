@@ -29,6 +29,7 @@ async def completions(service: Service, http: HttpRequest) -> Response:
                 index=index,
                 echo=body.echo,
                 return_token_ids=body.return_token_ids,
+                names_ids=body.return_tokens_as_token_ids,
             )
             for index, request in enumerate(requests)
         ]

@@ -179,6 +179,10 @@ class CompletionBody(GenerationBody):
     max_tokens: Int = Field(default=16, ge=0)
     logprobs: Int | None = Field(default=None, ge=0, le=_MAX_LOGPROBS)
     echo: bool = False
+    return_tokens_as_token_ids: bool = Field(
+        default=False,
+        description='Name tokens in logprobs "token_id:ID": several ids can have one text.',
+    )
     best_of: Int | None = None
     suffix: Annotated[str, WithJsonSchema({"type": "string", "maxLength": 0})] | None = None
     add_special_tokens: bool = True

@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from starlette.responses import JSONResponse
@@ -98,14 +98,22 @@ def origin_headers(requests: Sequence[Request]) -> dict[str, str]:
 
 
 def completion_choice(
-    request: Request, vocabulary: Vocabulary, *, index: int, echo: bool, return_token_ids: bool
+    request: Request,
+    vocabulary: Vocabulary,
+    *,
+    index: int,
+    echo: bool,
+    return_token_ids: bool,
+    names_ids: bool,
 ) -> Json:
     """One entry of `choices` of /v1/completions."""
     prompt_text = vocabulary.decode(request.prompt_ids) if echo else ""
     choice: Json = {
         "index": index,
         "text": prompt_text + output_text(request, vocabulary),
-        "logprobs": completion_logprobs(request, vocabulary, start=0, echo=echo),
+        "logprobs": completion_logprobs(
+            request, vocabulary, start=0, echo=echo, names_ids=names_ids
+        ),
         "finish_reason": finish_reason(request),
         "stop_reason": stop_reason(request),
     }
@@ -133,9 +141,19 @@ def chat_choice(
 
 
 def completion_logprobs(
-    request: Request, vocabulary: Vocabulary, *, start: int, echo: bool, end: int | None = None
+    request: Request,
+    vocabulary: Vocabulary,
+    *,
+    start: int,
+    echo: bool,
+    names_ids: bool,
+    end: int | None = None,
 ) -> Json | None:
-    """`logprobs` of output tokens `start` to `end`, after the prompt's when `echo`."""
+    """`logprobs` of output tokens `start` to `end`, after the prompt's when `echo`.
+
+    `names_ids` names tokens by their ids, as vLLM's return_tokens_as_token_ids does.
+    """
+    name = _name_of_id if names_ids else vocabulary.token_text
     params = request.params
     if not params.wants_logprobs:
         return None
@@ -146,14 +164,14 @@ def completion_logprobs(
         values: list[float | None] = []
         top: list[dict[str, float] | None] = []
         if echo and start == 0:
-            tokens.append(vocabulary.token_text(request.prompt_ids[0]))
+            tokens.append(name(request.prompt_ids[0]))
             values.append(None)
             top.append(None)
             found = request.prompt_logprobs + found
         for entry in found:
-            tokens.append(vocabulary.token_text(entry.token_id))
+            tokens.append(name(entry.token_id))
             values.append(entry.logprob)
-            top.append(_top_by_text(entry, vocabulary))
+            top.append(_top_by_name(entry, name))
         offsets, length = [], 0
         for text in tokens:
             offsets.append(length)
@@ -195,11 +213,15 @@ def _by_token_id(request: Request, start: int, end: int | None) -> list[dict[str
     ]
 
 
-def _top_by_text(entry: TokenLogprob, vocabulary: Vocabulary) -> dict[str, float]:
-    """By text, best first; of tokens with the same text the best; always with the chosen one."""
+def _name_of_id(token_id: int) -> str:
+    return f"token_id:{token_id}"
+
+
+def _top_by_name(entry: TokenLogprob, name: Callable[[int], str]) -> dict[str, float]:
+    """Best first; of tokens with the same text the best; always with the chosen one."""
     result: dict[str, float] = {}
     for token, logprob in (*entry.top, (entry.token_id, entry.logprob)):
-        result.setdefault(vocabulary.token_text(token), logprob)
+        result.setdefault(name(token), logprob)
     return result
 
 

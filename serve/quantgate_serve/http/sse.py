@@ -49,7 +49,12 @@ class CompletionForm:
             "index": index,
             "text": delta.text,
             "logprobs": responses.completion_logprobs(
-                request, self._vocabulary, start=start, end=delta.num_output, echo=self._body.echo
+                request,
+                self._vocabulary,
+                start=start,
+                end=delta.num_output,
+                echo=self._body.echo,
+                names_ids=self._body.return_tokens_as_token_ids,
             ),
             "finish_reason": responses.finish_reason(request) if delta.is_last else None,
             "stop_reason": responses.stop_reason(request) if delta.is_last else None,

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from quantgate.quality.teacher import COLUMNS, compare_logits
+from quantgate.quality.teacher import COLUMNS, NUM_TOP, best_tokens, compare_logits
 
 IDS = [0, 1, 0]
 
@@ -78,7 +78,17 @@ def test_another_vocabulary_is_an_error_and_never_cut_to_fit(width: int) -> None
 
 def test_the_columns_are_those_that_are_stored() -> None:
     found = compare_logits(torch.zeros(3, 3), torch.zeros(3, 3), IDS)
-    assert {"document", "tags", "position", "healthy_kl_nats", *found} == set(COLUMNS)
+    found |= best_tokens(torch.zeros(3, 3))
+    assert {"document", "tags", "position", "token_id", "healthy_kl_nats", *found} == set(COLUMNS)
+
+
+def test_the_best_tokens_are_those_of_the_whole_vocabulary_with_their_log_probabilities() -> None:
+    rows = torch.randn(4, 50, generator=torch.Generator().manual_seed(2))
+    found = best_tokens(rows)
+    expected = torch.log_softmax(rows[:-1], dim=-1).topk(NUM_TOP, dim=-1)
+    assert torch.equal(found["candidate_top_ids"], expected.indices)
+    assert torch.allclose(found["candidate_top_log_probs"], expected.values, atol=1e-6)
+    assert best_tokens(torch.zeros(3, 3))["candidate_top_ids"].shape == (2, 3)
 
 
 def test_the_margin_is_between_the_first_two_choices_of_the_reference() -> None:
