@@ -48,9 +48,11 @@ def main(argv: list[str] | None = None) -> int:
     # spins on: beside one busy process on two cores a 5 M Llama then made 120 tok/s with two
     # threads, instead of 470 to 2,200 (and about 2,000 with one).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    # oneDNN keeps its code for each number of rows and each shape, 1,024 of them by default: half a
-    # megabyte each. A step needs six; making them anew for another batch size takes some 0.8 ms.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+    # oneDNN keeps its code for each number of rows and each shape, and torch's layer above it keeps
+    # what it made of that a second time; 1,024 entries each by default, some half a megabyte each.
+    # A step needs six, and the next one's batch is about as large (docs/serving.md, Speed).
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "16")
     # transformers logs progress bars and hub lookups; a server does neither.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
