@@ -162,6 +162,19 @@ def test_echo_with_prompt_logprobs_scores_a_text(client: openai.OpenAI) -> None:
     assert choice.logprobs.text_offset == [len("".join(tokens[:i])) for i in range(len(tokens))]
 
 
+def test_tokens_of_log_probabilities_can_be_named_by_their_ids(url: str) -> None:
+    ids = [5, 6, 7]
+    body = {"prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 20}
+    by_id = post(url, **body, return_tokens_as_token_ids=True).json()["choices"][0]["logprobs"]
+    assert by_id["tokens"][:3] == [f"token_id:{token}" for token in ids]
+    for named in by_id["top_logprobs"][1:]:
+        # Of tokens with the same text only one has a place where texts name them.
+        assert len(named) >= 20
+        assert all(name.removeprefix("token_id:").isdigit() for name in named)
+    by_text = post(url, **body).json()["choices"][0]["logprobs"]
+    assert by_text["token_logprobs"] == by_id["token_logprobs"]
+
+
 def test_log_probabilities_of_chosen_ids_come_back_by_id(url: str) -> None:
     body = {"prompt": [5, 6, 7], "max_tokens": 2, "temperature": 0, "ignore_eos": True}
     choice = post(url, **body, logprob_token_ids=[9, 4]).json()["choices"][0]
