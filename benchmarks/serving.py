@@ -38,7 +38,7 @@ from serving_arms import (
     run_static,
     start_server,
 )
-from serving_floor import Linears, best_gemm_rate, measure_floor
+from serving_floor import Linears, best_gemm_rate, cold_bytes_per_s, kv_bytes, measure_floor
 from serving_soak import DEFAULT_REQUESTS, run_soak
 from serving_workload import BenchRequest, num_output, workload_a, workload_b, write_model
 
@@ -46,6 +46,8 @@ from quantgate_serve.config import ServerSettings
 
 STATIC, ONE, CONTINUOUS = "static batches of 16", "one at a time", "transformers continuous"
 OWN, HTTP, STREAM, FLOOR = "our engine", "our HTTP server", "our HTTP server, SSE", "compute floor"
+# Not a target's: what FP32 keys and values leave to be reached of the floor.
+FLOOR_AND_KV = "compute floor plus KV bytes"
 # Sizes of continuous batching to try on a part of each workload; the best one runs the whole.
 _CONTINUOUS_SIZES = ((64, 512), (64, 256), (128, 1024))
 _MAX_IDLE_OVERHEAD_MS = 3.0
@@ -161,6 +163,16 @@ def _run_rounds(
             "decode_step_ms": round(found.decode_step_s * 1e3, 3),
             "nn_linear_decode_step_ms": round(found.default_decode_step_s * 1e3, 3),
         }
+        num_bytes = kv_bytes(requests, bytes_per_token=engine.loaded.kv_shape.bytes_per_token)
+        bandwidth = cold_bytes_per_s()
+        figures.notes["kv"] = {
+            "decode_gb": round(num_bytes / 1e9, 1),
+            "cold_gb_per_s": round(bandwidth / 1e9, 1),
+            "share_of_floor": round(num_bytes / bandwidth / found.duration_s, 3),
+        }
+        figures.runs.setdefault(FLOOR_AND_KV, []).append(
+            ArmResult(num_output(requests), found.duration_s + num_bytes / bandwidth)
+        )
         return ArmResult(num_output(requests), found.duration_s)
 
     slow: dict[str, Callable[[], ArmResult]] = {
@@ -238,6 +250,7 @@ def _table(workloads: dict[str, Figures], idle: dict[str, float]) -> str:
                 f"  {target.ours} / {target.theirs:26s} {ratio:5.2f}   (>= {least})  {mark}"
             )
         lines.append(f"  {STREAM} / {OWN}: {figures.ratio(STREAM, OWN):.2f}")
+        lines.append(f"  {OWN} / {FLOOR_AND_KV}: {figures.ratio(OWN, FLOOR_AND_KV):.2f}")
         lines += [f"  {key}: {value}" for key, value in figures.notes.items()]
     lines.append(f"one idle request: {idle}")
     return "\n".join(lines)
@@ -267,7 +280,8 @@ def _to_json(figures: Figures) -> dict[str, Any]:
             name: [round(run.tok_per_s, 1) for run in runs] for name, runs in figures.runs.items()
         },
         "ratios": {
-            f"{t.ours} / {t.theirs}": round(figures.ratio(t.ours, t.theirs), 3) for t in TARGETS
+            f"{ours} / {theirs}": round(figures.ratio(ours, theirs), 3)
+            for ours, theirs in [*((t.ours, t.theirs) for t in TARGETS), (OWN, FLOOR_AND_KV)]
         },
         "notes": figures.notes,
     }

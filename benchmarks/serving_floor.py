@@ -4,6 +4,9 @@ Prompt tokens count at the best GEMM rate that this machine reaches, decode step
 Linears for the mean batch of the real run. Both are measured for each way of multiplying that torch
 has on this CPU, and the fastest counts, so the floor does not move with what the engine happens to
 use.
+
+Attention also reads every earlier key and value in each step, which the floor leaves out. What that
+takes at least is measured beside it: as many bytes, in order, from memory that no cache holds.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +18,13 @@ from serving_workload import BenchRequest
 from torch import Tensor, nn
 from torch.nn import functional
 
+from quantgate_serve import huge_pages
+
 _LARGE_ROWS = (256, 512, 1024)
 _SQUARE = 2048
 _DURATION_S = 0.3
+# Several times the last-level cache of a server's CPU, of which others use a part.
+_COLD_BYTES = 256 * 2**20
 
 Multiply = Callable[[Tensor], Tensor]
 
@@ -103,6 +110,25 @@ def best_gemm_rate(linears: Linears) -> float:
         call = prepare(torch.randn(_SQUARE, _SQUARE))
         rates.append(2 * _SQUARE**3 / _best_time(lambda call=call: call(square)))
     return max(rates)
+
+
+def kv_bytes(requests: Sequence[BenchRequest], *, bytes_per_token: int) -> int:
+    """What the decode steps of `requests` read: each token all those before it, and itself."""
+    return bytes_per_token * sum(
+        len(request.prompt) + position + 1
+        for request in requests
+        for position in range(request.num_output - 1)
+    )
+
+
+@torch.inference_mode()
+def cold_bytes_per_s() -> float:
+    """How fast all threads read memory in order: at best what attention over a KV cache can reach.
+
+    In huge pages, as the engine keeps its cache.
+    """
+    buffer = huge_pages.zeros((_COLD_BYTES // torch.float32.itemsize,), torch.float32)
+    return _COLD_BYTES / _best_time(lambda: torch.dot(buffer, buffer))
 
 
 def _linear(weight: Tensor) -> Multiply:
