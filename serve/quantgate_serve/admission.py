@@ -20,6 +20,8 @@ KEPT = {Priority.INTERACTIVE: 1 / 4, Priority.NORMAL: 1 / 8, Priority.BULK: 1 / 
 # that computing it would take the rest. Without such a reserve an overloaded queue settles where
 # each request waits just as long as it may, and everyone's time runs out while running.
 WAIT_PART = 0.5
+# What is reserved for computing, over what it has taken so far: half of all requests take longer.
+SERVICE_MARGIN = 1.25
 _MAX_RETRY_S = 600
 
 
@@ -49,6 +51,7 @@ class AdmissionLimits:
     max_queued_requests: int
     max_queued_tokens: int
     aging_s: float = 5.0
+    max_batched_tokens: int = 512
 
 
 @dataclass(slots=True)
@@ -79,8 +82,8 @@ class Admission:
         # How fast a queue is worked off (see ServiceRate); None while nobody knows. Known to the
         # front only: the engine counts again what that let in, and must not think otherwise.
         self.tokens_per_s: float | None = None
-        # How long one request takes by itself, per token; None while nobody knows.
-        self.s_per_token: float | None = None
+        # How long one request takes once it has begun, per step; None while nobody knows.
+        self.s_per_step: float | None = None
         self._clock = clock
         self._loads = {priority: _Load() for priority in Priority}
         self._lock = threading.Lock()
@@ -207,8 +210,8 @@ class Admission:
         if first.deadline_ns is None or wait_s is None:
             return
         left_s = max(0.0, (first.deadline_ns - self._clock()) / 1e9)
-        longest = max(request.cost for request in requests)
-        service_s = longest * (self.s_per_token or 0.0)
+        num_steps = max(self._num_steps(request) for request in requests)
+        service_s = SERVICE_MARGIN * num_steps * (self.s_per_step or 0.0)
         bound_s = max(0.0, min(left_s * WAIT_PART, left_s - service_s))
         if wait_s > bound_s:
             raise QueueFullError(
@@ -217,6 +220,11 @@ class Admission:
                 reason="deadline",
                 retry_after_s=_whole_seconds(wait_s - bound_s),
             )
+
+    def _num_steps(self, request: Request) -> int:
+        """Steps that computing all of `request` takes at least."""
+        prompt = math.ceil(request.num_prompt / self.limits.max_batched_tokens)
+        return prompt + request.params.max_tokens
 
     def _full(self, reason: str, message: str, priority: Priority, tokens: float) -> QueueFullError:
         seconds = self._drain_s(priority, tokens)

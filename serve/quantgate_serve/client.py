@@ -276,7 +276,7 @@ class EngineClient:
             child.metrics = report.metrics
             if self._admission is not None and child is self._serving:
                 self._admission.tokens_per_s = report.metrics.now.service_tokens_per_s
-                self._admission.s_per_token = report.metrics.now.service_s_per_token
+                self._admission.s_per_step = report.metrics.now.service_s_per_step
         now = perf_counter_ns()
         for id in report.started:
             request = child.in_flight.get(id)

@@ -276,7 +276,7 @@ class Engine:
         now.queued_tokens = self._admission.num_tokens
         now.oldest_arrived_ns = scheduler.oldest_waiting_ns
         now.service_tokens_per_s = scheduler.rate.tokens_per_s
-        now.service_s_per_token = scheduler.rate.s_per_token
+        now.service_s_per_step = scheduler.rate.s_per_step
         now.kv_pages = scheduler.pool.num_pages
         now.kv_pages_used = scheduler.pool.num_used
         now.kv_pages_cached = scheduler.pool.num_cached

@@ -62,8 +62,8 @@ class EngineGauges:
     oldest_arrived_ns: int | None = None
     # What the engine works off of a queue; None until requests have had to wait.
     service_tokens_per_s: float | None = None
-    # How long a request takes from its first step to its end, per token of its cost.
-    service_s_per_token: float | None = None
+    # How long a request takes from its first step to its end, per step.
+    service_s_per_step: float | None = None
     kv_pages: int = 0
     kv_pages_used: int = 0
     # Held by the prefix cache alone: free for whoever needs them.

@@ -5,6 +5,7 @@ Where seats or pages run out, the least urgent class gives way, its newest reque
 loses is computed again later, in its old place.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter_ns
@@ -174,7 +175,8 @@ class Scheduler:
                 self._served_tokens += left
             if request.scheduled_ns and reason in (FinishReason.STOP, FinishReason.LENGTH):
                 seconds = (self._clock() - request.scheduled_ns) / 1e9
-                self.rate.observe_end(request.cost, seconds)
+                prompt = math.ceil(request.num_prompt / self.limits.max_batched_tokens)
+                self.rate.observe_end(prompt + request.num_output, seconds)
         request.state = RequestState.FINISHED
         request.finish_reason = reason
 

@@ -1,4 +1,4 @@
-"""How fast the engine works off requests, and how long it takes for one, in tokens of cost."""
+"""How fast the engine works off requests, in tokens of cost, and how long each step takes one."""
 
 import math
 
@@ -20,8 +20,9 @@ class ServiceRate:
     def __init__(self) -> None:
         self._tokens = 0.0
         self._seconds = 0.0
-        # From the first step to the end, over the cost that was asked for; None before any ended.
-        self.s_per_token: float | None = None
+        # From the first step to the end, over the steps; None before any ended. Steps and not
+        # cost: a prompt takes one or a few steps, however long, and each output token takes one.
+        self.s_per_step: float | None = None
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -30,13 +31,13 @@ class ServiceRate:
             return None
         return self._tokens / self._seconds
 
-    def observe_end(self, cost: int, seconds: float) -> None:
-        """A request of `cost` ended well, `seconds` after its first step."""
-        pace = seconds / cost
-        if self.s_per_token is None:
-            self.s_per_token = pace
+    def observe_end(self, num_steps: int, seconds: float) -> None:
+        """A request of `num_steps` ended well, `seconds` after its first step."""
+        pace = seconds / num_steps
+        if self.s_per_step is None:
+            self.s_per_step = pace
         else:
-            self.s_per_token += (pace - self.s_per_token) * _PACE_WEIGHT
+            self.s_per_step += (pace - self.s_per_step) * _PACE_WEIGHT
 
     def observe(self, tokens: int, seconds: float) -> None:
         """`tokens` were served in `seconds`, with requests waiting all the time."""

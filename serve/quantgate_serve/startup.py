@@ -93,6 +93,7 @@ def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:
         max_queued_requests=settings.max_queued_requests,
         max_queued_tokens=settings.max_queued_tokens,
         aging_s=settings.aging_s,
+        max_batched_tokens=settings.max_batched_tokens,
     )
     kernels = read_kernels(loaded.model, loaded.device)
     log_kernels(kernels)

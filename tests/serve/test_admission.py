@@ -172,11 +172,12 @@ def test_a_wait_beyond_half_the_time_to_the_deadline_is_refused(
     assert (refused.value.reason, refused.value.retry_after_s) == ("deadline", 1)
 
 
-@pytest.mark.parametrize(("left_s", "is_refused"), [(12.9, True), (13.1, False)])
+# It waits 5 s, and 800 steps take 8 s, of which a quarter more is reserved.
+@pytest.mark.parametrize(("left_s", "is_refused"), [(14.9, True), (15.1, False)])
 def test_a_wait_that_leaves_no_time_to_compute_is_refused(left_s: float, is_refused: bool) -> None:
     admission = make_admission()
     admission.enter([request_of(cost=500)])
-    admission.tokens_per_s, admission.s_per_token = 100.0, 0.01
+    admission.tokens_per_s, admission.s_per_step = 100.0, 0.01
     request = request_of(cost=800, deadline_ns=int(left_s * SECOND))
     if is_refused:
         with pytest.raises(QueueFullError, match=r"the queue takes about 5\.0 s"):
@@ -187,7 +188,7 @@ def test_a_wait_that_leaves_no_time_to_compute_is_refused(left_s: float, is_refu
 
 def test_an_empty_queue_refuses_nobody_for_its_deadline() -> None:
     admission = make_admission()
-    admission.tokens_per_s, admission.s_per_token = 100.0, 1.0
+    admission.tokens_per_s, admission.s_per_step = 100.0, 1.0
     admission.enter([request_of(cost=900, deadline_ns=1)])
 
 

@@ -7,7 +7,7 @@ takes for a small model (a fixed part, a part for each decode and one for each p
 import random
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -122,7 +122,7 @@ class Simulation:
                 if request.num_output == request.params.max_tokens:
                     self._end(request, "served", FinishReason.LENGTH)
         self.admission.tokens_per_s = self.scheduler.rate.tokens_per_s
-        self.admission.s_per_token = self.scheduler.rate.s_per_token
+        self.admission.s_per_step = self.scheduler.rate.s_per_step
 
     def _end(self, request: Request, outcome: str, reason: FinishReason) -> None:
         assert request.id not in self.outcomes, "answered twice"
@@ -205,6 +205,23 @@ def test_ten_times_overload_keeps_admitted_interactive_requests_within_their_dea
     assert len(interactive) >= 0.5 * CAPACITY_PER_S * seconds
     for priority in (NORMAL, BULK):
         assert all(simulation.outcomes[r.id] == "served" for r in simulation.admitted(priority))
+
+
+# Four and two times what a full batch takes for a request; the longest answers take twice that.
+@pytest.mark.parametrize("deadline_s", [3.7, 1.9])
+def test_long_answers_are_not_let_in_to_run_out_of_time_while_running(deadline_s: float) -> None:
+    simulation = Simulation(max_batch_size=64, num_pages=64 * 33)
+    mix = [(5.0, INTERACTIVE, ""), (2.0, NORMAL, ""), (3.0, BULK, "")]
+    arrivals = [
+        replace(one, deadline_ns=one.deadline_ns and int(deadline_s * SECOND))
+        for one in poisson(10 * CAPACITY_PER_S, 15, seed=1, mix=mix)
+    ]
+    simulation.run(arrivals)
+    interactive = simulation.admitted(INTERACTIVE)
+    outcomes = Counter(simulation.outcomes[request.id] for request in interactive)
+    assert outcomes["served"] >= 0.95 * len(interactive)
+    assert outcomes["served"] >= 0.6 * CAPACITY_PER_S * 15
+    assert any(request.params.max_tokens > 56 for request in interactive)
 
 
 def test_the_queue_never_grows_beyond_its_limit() -> None:

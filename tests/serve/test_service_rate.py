@@ -16,12 +16,12 @@ def test_nothing_is_known_before_requests_have_waited() -> None:
 
 def test_the_pace_of_requests_is_known_from_the_first_that_ends() -> None:
     rate = ServiceRate()
-    assert rate.s_per_token is None
+    assert rate.s_per_step is None
     rate.observe_end(100, 2.0)
-    assert rate.s_per_token == pytest.approx(0.02)
+    assert rate.s_per_step == pytest.approx(0.02)
     for _ in range(200):
         rate.observe_end(100, 4.0)
-    assert rate.s_per_token == pytest.approx(0.04, rel=0.01)
+    assert rate.s_per_step == pytest.approx(0.04, rel=0.01)
 
 
 def test_no_progress_is_no_rate() -> None:
