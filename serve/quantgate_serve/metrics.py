@@ -7,6 +7,7 @@ None means that the thing counted does not exist here (no prefix cache, no CUDA)
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -14,7 +15,11 @@ from typing import Any
 # Fine enough to see an admission window of 5 to 50 ms; vLLM's first bucket is 300 ms.
 WAIT_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 STEP_S = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-E2E_S = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0)
+# vLLM's, and finer below its first: a p95 is only as exact as its bucket.
+E2E_S = (
+    *(0.01, 0.02, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0, 1.25, 1.5),
+    *(2.0, 2.5, 3.5, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0),
+)
 TEXT_S = (0.00002, 0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0)
 COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0)
 TOKENS = tuple(float(m * 10**e) for e in range(5) for m in (1, 2, 5))
@@ -49,6 +54,12 @@ _texts = partial(Histogram, TEXT_S)
 _counts = partial(Histogram, COUNTS)
 _tokens = partial(Histogram, TOKENS)
 _ratios = partial(Histogram, RATIO)
+REJECTIONS = ("queued_requests", "queued_tokens", "tenant_share", "deadline")
+
+
+def _zeros(*labels: str) -> Callable[[], Counter[str]]:
+    """A series that begins with its first event has no rate for it; one that begins at 0 has."""
+    return lambda: Counter(dict.fromkeys(labels, 0))
 
 
 @dataclass(slots=True)
@@ -96,7 +107,7 @@ class EngineMetrics:
     cross_tenant_hits: int | None = None
     preemptions: int = 0
     aging_promotions: int = 0
-    deadline_expired: Counter[str] = field(default_factory=Counter)  # by phase
+    deadline_expired: Counter[str] = field(default_factory=_zeros("queued", "running"))  # by phase
     window_wait_s: Histogram = field(default_factory=_waits)
     # KV pages that decode steps read, and those of them that held tokens.
     gathered_pages: int = 0
@@ -149,7 +160,7 @@ class FrontMetrics:
     engine_restarts: int = 0
     # What the served variant measured when it was promoted, by metric (slo in serving.yaml).
     slo_baselines: dict[str, float] = field(default_factory=dict)
-    rejections: Counter[str] = field(default_factory=Counter)  # by reason
+    rejections: Counter[str] = field(default_factory=_zeros(*REJECTIONS))  # by reason
     tokenize_s: Histogram = field(default_factory=_texts)
     detokenize_s: Histogram = field(default_factory=_texts)
     # Requests that joined one like them under way, None where that is off; then by cache,

@@ -17,7 +17,15 @@ import httpx
 import pytest
 import yaml
 
-RULES = Path(__file__).resolve().parents[2] / "serve" / "alerts" / "quantgate.rules.yaml"
+SERVE = Path(__file__).resolve().parents[2] / "serve"
+RULES = SERVE / "alerts" / "quantgate.rules.yaml"
+DASHBOARD = SERVE / "dashboards" / "quantgate.json"
+# What a CPU does not have, and what only a promoted variant has: absent, and never 0.
+# The rate of service is known once requests have waited for a while.
+ABSENT_HERE = (
+    *("quantgate_cuda_", "quantgate_gpu_", "quantgate_slo_baseline"),
+    "quantgate_service_tokens_per_second",
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -57,6 +65,7 @@ def server(llama_folder: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Pope
         *("--ready-file", str(ready), "--device", "cpu", "--threads", "1"),
         *("--served-model-name", "tiny", "--metrics-compat", "vllm"),
         *("--max-queued-requests", "8", "--max-batch-size", "1"),
+        *("--response-cache-mib", "1", "--embedding-cache-mib", "1"),
     ]
     with running(command, tmp_path / "server.log") as child:
         wait_for(ready.exists, "listening server")
@@ -163,3 +172,32 @@ def test_prometheus_reads_the_server_and_evaluates_every_rule(
     # Pending until it has lasted for its `for`.
     child.kill()
     wait_for(lambda: rules(prometheus)["QuantgateDown"]["state"] in ("pending", "firing"), "alert")
+
+
+def queries(panels: list[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    """The title and each expression of every panel, as Grafana would fill them in."""
+    for panel in panels:
+        for target in panel.get("targets", ()):
+            expression = target["expr"].replace("$__rate_interval", "10s")
+            yield panel["title"], expression.replace("$instance", ".*").replace("$model_name", ".*")
+        yield from queries(panel.get("panels", []))
+
+
+def test_every_panel_of_the_dashboard_shows_something(
+    server: tuple[subprocess.Popen[bytes], str], prometheus: str
+) -> None:
+    _, url = server
+    wait_for(lambda: query(prometheus, 'up{job="quantgate"} == 1'), "first scrape")
+    for number in range(20):
+        body = {"prompt": [5 + number, 6, 7], "max_tokens": 8, "ignore_eos": True}
+        assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+        time.sleep(0.1)
+    time.sleep(1.5)  # two scrapes more
+    shown = dict.fromkeys(queries(json.loads(DASHBOARD.read_text())["panels"]))
+    assert len(shown) > 50
+    empty = [
+        (title, expression)
+        for title, expression in shown
+        if not query(prometheus, expression) and not any(name in expression for name in ABSENT_HERE)
+    ]
+    assert empty == []

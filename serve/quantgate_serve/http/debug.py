@@ -97,7 +97,7 @@ def _bar(life: Life, longest: float) -> str:
         ("before", life.queued_ms),
         ("queue", life.admitted_ms),
         ("prefill", life.first_token_ms),
-        ("decode", life.finished_ms),
+        ("decode", life.finished_ms or life.last_token_ms),
     ):
         if end is not None and end > begun:
             width = 240 * (end - begun) / longest

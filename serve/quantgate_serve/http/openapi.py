@@ -86,7 +86,8 @@ def _post(summary: str, body: type[BaseModel], answer: type[BaseModel]) -> Json:
     }
     if "stream" in body.model_fields:
         operation["responses"]["200"]["content"]["text/event-stream"] = {
-            "schema": {"type": "string", "description": "Events, when `stream` is true."}
+            # Without a type: some readers take it for the body's, others for each event's.
+            "schema": {"description": "Server-sent events, when `stream` is true."}
         }
     return operation
 

@@ -67,10 +67,18 @@ _PROMPT_FORMS: JsonDict = {
 }
 
 
-def _allow_null(schema: dict[str, Any]) -> None:
-    """Say in the description that what may be left out may also be null."""
+# pydantic's own words for the bounds of a number that a validator stands before.
+_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+
+
+def _describe(schema: dict[str, Any]) -> None:
+    """Say in the description that what may be left out may also be null, and bounds as JSON has."""
     for name, field in schema.get("properties", {}).items():
-        if name not in schema.get("required", ()):
+        forms = field.get("anyOf", [field])
+        for form in forms:
+            for ours in _BOUNDS.keys() & form.keys():
+                form[_BOUNDS[ours]] = form.pop(ours)
+        if name not in schema.get("required", ()) and {"type": "null"} not in forms:
             schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
 
 
@@ -78,7 +86,7 @@ class _Body(BaseModel):
     """An object in which null means: not given."""
 
     model_config = ConfigDict(
-        extra="ignore", strict=True, allow_inf_nan=False, json_schema_extra=_allow_null
+        extra="ignore", strict=True, allow_inf_nan=False, json_schema_extra=_describe
     )
 
     @model_validator(mode="before")
@@ -183,7 +191,7 @@ class CompletionBody(GenerationBody):
         default=False,
         description='Name tokens in logprobs "token_id:ID": several ids can have one text.',
     )
-    best_of: Int | None = None
+    best_of: Annotated[Int, WithJsonSchema({"type": "integer", "const": 1})] | None = None
     suffix: Annotated[str, WithJsonSchema({"type": "string", "maxLength": 0})] | None = None
     add_special_tokens: bool = True
 

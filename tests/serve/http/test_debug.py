@@ -94,6 +94,14 @@ def test_a_page_shows_the_time_of_day_a_tenth_of_a_millisecond_and_failures_in_r
     assert bad.endswith("<td>too late</td></tr>")
 
 
+def test_the_bar_of_a_request_under_way_goes_up_to_its_last_token() -> None:
+    text = page([replace(LIFE, finished_ms=None, finish_reason=None), LIFE])
+    assert re.findall(r'class=decode title=decode style="width:([\d.]+)px', text) == [
+        "151.3",
+        "156.5",
+    ]
+
+
 def test_a_page_of_nothing_is_a_page() -> None:
     assert "0 recent requests" in page([])
 
