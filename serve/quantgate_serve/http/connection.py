@@ -5,6 +5,7 @@ memory for as long as it likes; uvicorn itself bounds only the pause between two
 """
 
 import asyncio
+import contextlib
 import json
 from typing import Any
 
@@ -91,13 +92,13 @@ class Connection(H11Protocol):
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
         ]
-        try:
-            for event in (
-                h11.Response(status_code=error.status, headers=headers),
-                h11.Data(data=body),
-                h11.EndOfMessage(),
-            ):
-                self.transport.write(self.conn.send(event) or b"")
-        except h11.LocalProtocolError:
-            pass  # an answer was under way already; the connection ends in the middle of it
+        events: tuple[h11.Event, ...] = (
+            h11.Response(status_code=error.status, headers=headers),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        )
+        # One may be under way already; then the connection ends in the middle of it.
+        with contextlib.suppress(h11.LocalProtocolError):
+            # In one piece: a client that still sends may lose what comes after the first.
+            self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
         self.transport.close()
