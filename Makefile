@@ -3,10 +3,11 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FUZZ := .venv-fuzz
 
 CORE := measure measurements_file units spec gate policy finding verdict verdicts_file statistics
 
-.PHONY: setup demo test test-slow coverage lint gates ui clean
+.PHONY: setup demo test test-slow fuzz coverage lint gates ui clean
 
 setup: $(STAMP)
 
@@ -33,6 +34,11 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow tests
 
+# Thousands of requests made from the server's own OpenAPI description. schemathesis wants other versions of what the tests use.
+fuzz: setup
+	test -x $(FUZZ)/bin/schemathesis || { $(PYTHON) -m venv $(FUZZ) && $(FUZZ)/bin/python -m pip install --quiet --disable-pip-version-check schemathesis==4.32.5; }
+	$(BIN)/python -m pytest -m slow -s tests/serve/http/test_openapi_cases.py
+
 # The pure core decides what ships: every branch of it is tested.
 coverage: setup
 	$(BIN)/python -m pytest -q tests/harness/statistics $(wildcard $(CORE:%=tests/harness/test_%.py)) \
@@ -50,4 +56,4 @@ ui: setup
 	$(BIN)/quantgate ui
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(FUZZ) .mypy_cache .ruff_cache .pytest_cache

@@ -39,7 +39,8 @@ CHOICES = SHARED | {
 # Every field, at a value that is accepted: what is put in its place is all that is wrong.
 FULL: dict[str, dict[str, Any]] = {
     COMPLETIONS: PLAIN[COMPLETIONS] | CHOICES | {
-        "logprobs": 2, "echo": True, "best_of": 2, "suffix": "", "add_special_tokens": True,
+        "logprobs": 2, "echo": True, "return_tokens_as_token_ids": True, "best_of": 2,
+        "suffix": "", "add_special_tokens": True,
     },
     CHAT: CHOICES | {
         "messages": [
