@@ -2,12 +2,182 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-golden_app = typer.Typer(help="Golden sets: lock them, check them.", no_args_is_help=True)
+from quantgate.cli_options import split_names, takes_options
+
+if TYPE_CHECKING:
+    from quantgate.quality.imported.columns import Columns
+    from quantgate.quality.imported.folder import ImportedSet
+
+golden_app = typer.Typer(
+    help="Golden sets: bring them, lock them, check them.", no_args_is_help=True
+)
+
+OutOption = Annotated[
+    Path, typer.Option("--out", help="Folder to write, golden_sets/<name>; it must be new.")
+]
+TagsOption = Annotated[
+    str | None, typer.Option("--tags", help="Columns whose values become tags, comma-separated.")
+]
+ClusterOption = Annotated[
+    str | None, typer.Option("--cluster", help="Column of the document or template of an item.")
+]
+IdOption = Annotated[
+    str | None, typer.Option("--id", help="Column of unique ids; default: numbered.")
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnOptions:
+    """Which columns of a table mean what."""
+
+    out: OutOption
+    prompt: Annotated[str, typer.Option("--prompt", help="Column of the question.")]
+    answer: Annotated[str, typer.Option("--answer", help="Column of the known answer.")]
+    choices: Annotated[
+        str | None,
+        typer.Option(
+            "--choices", help="Columns of one choice each, or one column with a JSON list."
+        ),
+    ] = None
+    labels: Annotated[
+        str | None, typer.Option("--labels", help="Column with a list of the choices' names.")
+    ] = None
+    tags: TagsOption = None
+    id: IdOption = None
+    cluster: ClusterOption = None
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the model's chat template.")] = (
+        False
+    )
+    delimiter: Annotated[
+        str | None,
+        typer.Option("--delimiter", help="Between question and choice; default: a space in text."),
+    ] = None
+    metrics: Annotated[
+        str, typer.Option("--metrics", help="Scorers of task.yaml, comma-separated.")
+    ] = "exact_match"
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", help="Longest generated answer.", min=1)
+    ] = 64
+    until: Annotated[
+        list[str] | None, typer.Option("--until", help="A text that ends an answer; repeatable.")
+    ] = None
+
+    def columns(self) -> Columns:
+        from quantgate.quality.imported.columns import Columns
+
+        return Columns(
+            prompt=self.prompt,
+            answer=self.answer,
+            choices=tuple(split_names(self.choices) or ()),
+            labels=self.labels,
+            id=self.id,
+            tags=tuple(split_names(self.tags) or ()),
+            cluster=self.cluster,
+            is_chat=self.chat,
+            delimiter=self.delimiter,
+            metrics=tuple(split_names(self.metrics) or ()),
+            max_tokens=self.max_tokens,
+            until=tuple(self.until or ()),
+        )
+
+
+@golden_app.command("from-csv")
+@takes_options
+def golden_from_csv(
+    file: Annotated[Path, typer.Argument(help="CSV or TSV with a header line.")],
+    options: ColumnOptions,
+    separator: Annotated[
+        str | None, typer.Option("--separator", help="Default: by the file's name.")
+    ] = None,
+) -> None:
+    """Make a golden set of a table: one item per record.
+
+    Example: quantgate golden from-csv faq.csv --out golden_sets/faq --prompt ask --answer reply
+    """
+    from quantgate.quality.imported.columns import import_table
+    from quantgate.quality.imported.folder import checked_name
+    from quantgate.quality.imported.table import read_csv
+
+    name = checked_name(options.out)
+    table = read_csv(file, separator=separator)
+    _write(import_table(table, options.columns(), name=name), options.out)
+
+
+@golden_app.command("from-jsonl")
+@takes_options
+def golden_from_jsonl(
+    file: Annotated[Path, typer.Argument(help="JSON lines, as Dataset.to_json writes them.")],
+    options: ColumnOptions,
+) -> None:
+    """Make a golden set of JSON lines; a column inside an object is written choices.text.
+
+    Example: quantgate golden from-jsonl arc.jsonl --out golden_sets/arc --prompt question \\
+    --answer answerKey --choices choices.text --labels choices.label
+    """
+    from quantgate.quality.imported.columns import import_table
+    from quantgate.quality.imported.folder import checked_name
+    from quantgate.quality.imported.table import read_jsonl
+
+    name = checked_name(options.out)
+    _write(import_table(read_jsonl(file), options.columns(), name=name), options.out)
+
+
+@golden_app.command("from-lm-eval-task")
+def golden_from_lm_eval_task(
+    task: Annotated[str, typer.Argument(help="Name of a task, or its YAML file.")],
+    out: OutOption,
+    metrics: Annotated[
+        str | None, typer.Option("--metrics", help="The task's metrics to keep; default: all.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option("--num-fewshot", help="Examples before each question.", min=0)
+    ] = None,
+    fewshot_seed: Annotated[int, typer.Option("--fewshot-seed", help="As lm_eval's.")] = 1234,
+    tags: TagsOption = None,
+    id: IdOption = None,
+    cluster: ClusterOption = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", help="Folder with tasks of your own.")
+    ] = None,
+    python: Annotated[
+        Path, typer.Option("--python", help="A Python that has lm_eval.", show_default=False)
+    ] = Path(sys.executable),
+) -> None:
+    """Make a golden set of an lm-evaluation-harness task, prompts and scoring as lm_eval's.
+
+    What cannot be carried over (filters, scorers of the task's own) is refused by name.
+    Example: quantgate golden from-lm-eval-task piqa --metrics acc --out golden_sets/piqa
+    """
+    from quantgate.quality.imported.folder import checked_name
+    from quantgate.quality.imported.lm_eval_task import TaskRequest, import_task, read_task
+
+    name = checked_name(out)
+    request = TaskRequest(
+        task=task,
+        python=python,
+        include_path=include_path,
+        num_fewshot=num_fewshot,
+        fewshot_seed=fewshot_seed,
+        metrics=tuple(split_names(metrics) or ()),
+        id=id,
+        tags=tuple(split_names(tags) or ()),
+        cluster=cluster,
+    )
+    _write(import_task(read_task(request), request, name=name), out)
+
+
+def _write(found: ImportedSet, out: Path) -> None:
+    from quantgate.quality.imported.folder import write_imported
+
+    items = write_imported(found, out)
+    typer.echo(f"{out}: {len(items):,} items\nNext: quantgate golden lock {out} --model MODEL")
 
 
 @golden_app.command("lock")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,7 +49,9 @@ class GenerationKwargs(_Strict):
 class MetricSpec(_Strict):
     """One scorer, by its lm-evaluation-harness name."""
 
-    metric: Literal["exact_match", "json_fields", "rouge1", "rouge2", "rougeL", "token_f1"]
+    metric: Literal[
+        "exact_match", "exact_text", "json_fields", "rouge1", "rouge2", "rougeL", "token_f1"
+    ]
     higher_is_better: Literal[True] = True
 
 
@@ -161,22 +163,35 @@ def load_golden_set(folder: Path) -> GoldenSet:
         GoldenSetError: with file and line; a missing file, an unknown field, a duplicate id, an
             empty input or target, a target that is none of the choices.
     """
-    task = _read_task(folder / TASK_NAME)
     path = folder / ITEMS_NAME
+    task = _read_task(folder / TASK_NAME)
+    items = parse_items(read_json_lines(path), task, source=f"{path}:")
+    if not items:
+        raise GoldenSetError(f"{path}: no items; expected one JSON object per line.")
+    return GoldenSet(name=folder.name, folder=folder, task=task, items=items)
+
+
+def parse_items(
+    rows: Iterable[tuple[int, dict[str, Any]]], task: Task, *, source: str
+) -> tuple[GoldenItem, ...]:
+    """Items from numbered rows; `source` stands before a row's number in every error.
+
+    Raises:
+        GoldenSetError: an unknown field, a duplicate id, an empty input or target, a target that is
+            none of the choices.
+    """
     items = []
     seen: dict[str, int] = {}
-    for number, value in _read_lines(path):
-        item = _parse_item(value, task, where=f"{path}:{number}", line=number)
+    for number, value in rows:
+        item = _parse_item(value, task, where=f"{source}{number}", line=number)
         if item.id in seen:
             raise GoldenSetError(
-                f"{path}:{number}: id {item.id!r} was used on line {seen[item.id]} already; "
+                f"{source}{number}: id {item.id!r} was used on line {seen[item.id]} already; "
                 "ids must be unique, since items are paired by them."
             )
         seen[item.id] = number
         items.append(item)
-    if not items:
-        raise GoldenSetError(f"{path}: no items; expected one JSON object per line.")
-    return GoldenSet(name=folder.name, folder=folder, task=task, items=tuple(items))
+    return tuple(items)
 
 
 def _read_task(path: Path) -> Task:
@@ -202,15 +217,16 @@ def _in_words(error: ErrorDetails) -> str:
     return f"{keys}: {message}" if keys else message
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object) of each line of a file that is not blank.
+
+    Raises:
+        GoldenSetError: a missing file, other bytes than UTF-8, a line that is no JSON object.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = decode(path.read_bytes(), path)
     except FileNotFoundError as error:
         raise GoldenSetError(f"{path}: missing; expected one JSON object per line.") from error
-    except UnicodeDecodeError as error:
-        raise GoldenSetError(
-            f"{path}: not UTF-8 ({error.reason} at byte {error.start})."
-        ) from error
     # Not splitlines(): it also splits at separators that JSON strings may contain.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -222,6 +238,24 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(value, dict):
             raise GoldenSetError(f"{path}:{number}: expected a JSON object, found {value!r:.40}.")
         yield number, value
+
+
+def decode(data: bytes, path: Path) -> str:
+    """The text of a file, without the byte order mark that spreadsheets write.
+
+    Raises:
+        GoldenSetError: with the line; it is not UTF-8.
+    """
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise GoldenSetError(f"{path}:1: UTF-16, by its byte order mark; save it as UTF-8.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise GoldenSetError(
+            f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}: {error.reason}); "
+            "save the file as UTF-8."
+        ) from error
 
 
 def _parse_item(value: dict[str, Any], task: Task, *, where: str, line: int) -> GoldenItem:

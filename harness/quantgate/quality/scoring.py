@@ -26,6 +26,7 @@ class _Module:
 _ROUGE = _Module(script="rouge", modules=("words.py",), packages=("rouge-score",))
 _MODULES: Mapping[str, _Module] = {
     "exact_match": _Module(script="exact_match"),
+    "exact_text": _Module(script="exact_text"),
     "json_fields": _Module(script="json_fields"),
     "token_f1": _Module(script="token_f1"),
     "rouge1": _ROUGE,
@@ -34,7 +35,7 @@ _MODULES: Mapping[str, _Module] = {
 }
 
 # Scorers whose every score is 0 or 1: compared as paired proportions.
-BINARY_SCORERS = frozenset({"exact_match"})
+BINARY_SCORERS = frozenset({"exact_match", "exact_text"})
 
 
 def score_items(scorer: str, outputs: Sequence[str], targets: Sequence[str]) -> list[float]:

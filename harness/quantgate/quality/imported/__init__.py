@@ -1,0 +1,1 @@
+"""Golden sets made of what people have: tables, and tasks of lm-evaluation-harness."""
