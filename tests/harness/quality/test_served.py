@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -173,8 +175,6 @@ def test_what_the_store_has_is_not_asked_again(
 def test_positions_that_are_not_finite_leave_a_reason_and_no_number(
     offline: Path, sound: Sound, tmp_path: Path
 ) -> None:
-    import pyarrow.parquet as pq
-
     table = pq.read_table(sound.rerun.first)
     values = table["log_prob"].to_numpy().copy()
     values[5] = float("nan")
@@ -205,28 +205,30 @@ def test_an_answer_of_another_form_is_an_error(choice: Any, message: str) -> Non
         _read(choice, 2)
 
 
+class FakePool(ServerPool):
+    """Hands out a server that somebody else runs."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(OPTIONS, keeps_running=True)
+        self._url = url
+
+    @contextmanager
+    def serving(self, folder: Path, *, log: Path) -> Iterator[Any]:
+        yield SimpleNamespace(url=self._url)
+
+
 def test_a_refused_document_is_no_measurement(
     serve: Callable[..., Any], model: ServedModel, documents: list[RenderedPrompt], tmp_path: Path
 ) -> None:
     async def refuse(body: dict[str, Any]) -> tuple[int, Any]:
-        assert json.dumps(body["prompt"])
         return 400, {"error": {"message": "too long"}}
 
-    class Pool(ServerPool):
-        def serving(self, folder: Path, *, log: Path) -> Any:
-            return serve_as_server()
-
-    from contextlib import contextmanager
-    from types import SimpleNamespace
-
-    @contextmanager
-    def serve_as_server() -> Iterator[Any]:
-        with serve(refuse) as url:
-            yield SimpleNamespace(url=url)
-
-    with pytest.raises(MeasurementError, match="did not score a document: HTTP 400: too long"):
+    with (
+        serve(refuse) as url,
+        pytest.raises(MeasurementError, match="did not score a document: HTTP 400: too long"),
+    ):
         measure_served(
             model, documents, max_tokens=MAX_TOKENS, store=tmp_path, log=tmp_path / "log",
-            servers=Pool(OPTIONS, keeps_running=True), timeout_s=5, on_answers=lambda _: None,
+            servers=FakePool(url), timeout_s=5, on_answers=lambda _: None,
         )  # fmt: skip
     assert not list(tmp_path.glob("served-*"))
