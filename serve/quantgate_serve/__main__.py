@@ -29,6 +29,7 @@ from quantgate_serve.config import (
     read_serving_config,
     verify_files,
 )
+from quantgate_serve.imports import without
 from quantgate_serve.keys import Keyring, KeysError, read_keys
 from quantgate_serve.request import Request
 
@@ -75,8 +76,11 @@ def main(argv: list[str] | None = None) -> int:
             listener.bind((settings.host, settings.port))
         except OSError as error:
             return _refuse(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}.")
+        # Here are only texts and tokens; transformers would import torch for 2 s and 200 MiB.
+        unused = ("torch",) if settings.engine_process else ()
         try:
-            asyncio.run(_serve(settings, listener, arguments, keyring))
+            with without(*unused):
+                asyncio.run(_serve(settings, listener, arguments, keyring))
         except (ModelRefusedError, TracingUnavailableError) as error:
             return _refuse(error)
         except EngineStoppedError as error:
@@ -100,15 +104,7 @@ async def _serve(
     """
     from quantgate_serve.client import EngineClient
     from quantgate_serve.engine_child import EngineThread, launch_process
-    from quantgate_serve.http.admin import add_admin_routes
-    from quantgate_serve.http.app import build_app
-    from quantgate_serve.http.connection import Connection
-    from quantgate_serve.http.service import HttpLimits, Service
-    from quantgate_serve.keys_reload import KeysReload
-    from quantgate_serve.reload import Reload
-    from quantgate_serve.sharing import Sharing
     from quantgate_serve.tracing import Spans, export_to
-    from quantgate_serve.vocabulary import Vocabulary
 
     engine = EngineClient(
         settings, launch=launch_process if settings.engine_process else EngineThread
@@ -119,7 +115,16 @@ async def _serve(
         spans = Spans(provider, model_name=settings.model_name)
         engine.on_ended.append(spans.add)
     loading = asyncio.create_task(engine.start())
-    # Beside the engine, which reads the weights meanwhile.
+    await asyncio.sleep(0)  # the engine's process begins with its imports, and this one with these
+    from quantgate_serve.http.admin import add_admin_routes
+    from quantgate_serve.http.app import build_app
+    from quantgate_serve.http.connection import Connection
+    from quantgate_serve.http.service import HttpLimits, Service
+    from quantgate_serve.keys_reload import KeysReload
+    from quantgate_serve.reload import Reload
+    from quantgate_serve.sharing import Sharing
+    from quantgate_serve.vocabulary import Vocabulary
+
     vocabulary = asyncio.create_task(asyncio.to_thread(Vocabulary.load, settings.model))
     try:
         loaded = await loading

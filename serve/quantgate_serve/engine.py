@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from quantgate_serve.admission import Admission, AdmissionLimits
+from quantgate_serve.device_memory import read_memory
 from quantgate_serve.finite import NonFiniteLogitsError
-from quantgate_serve.memory import read_memory
 from quantgate_serve.metrics import EngineMetrics
 from quantgate_serve.request import (
     FinishReason,

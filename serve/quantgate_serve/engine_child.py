@@ -74,7 +74,7 @@ class EngineThread:
 
     def __init__(self, theirs: socket.socket) -> None:
         # Here, not in the thread: transformers' lazy imports fail in two threads at once.
-        from quantgate_serve.engine_process import host
+        from quantgate_serve.engine_host import host
 
         self._host = host
         self._socket = theirs.dup()

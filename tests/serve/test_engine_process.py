@@ -33,6 +33,8 @@ def served(work: Path, *options: str) -> Iterator[tuple[subprocess.Popen[bytes],
             ],
             stdout=out,
             stderr=out,
+            # Each import of both processes is a line of the log.
+            env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"},
         )
     try:
         wait(ready_file.exists, child, log)
@@ -60,6 +62,11 @@ def engine_of(server: subprocess.Popen[bytes]) -> psutil.Process:
     (engine,) = psutil.Process(server.pid).children()
     assert "quantgate_serve.engine_process" in engine.cmdline()
     return engine
+
+
+def torch_libraries(process: psutil.Process) -> list[str]:
+    """The parts of torch that `process` has mapped."""
+    return [found.path for found in process.memory_maps() if "libtorch" in found.path]
 
 
 def metric(url: str, name: str) -> float:
@@ -101,10 +108,13 @@ def promoted(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Pr
 
 
 @pytest.fixture(scope="module")
-def server(
-    promoted: Promoted, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    with served(tmp_path_factory.mktemp("server"), "--config", str(promoted.path)) as found:
+def server_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server") / "log"
+
+
+@pytest.fixture(scope="module")
+def server(promoted: Promoted, server_log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    with served(server_log.parent, "--config", str(promoted.path)) as found:
         yield found
 
 
@@ -113,6 +123,17 @@ async def ask(http: httpx.AsyncClient, url: str, **body: Any) -> tuple[int, str]
     body = {"prompt": [3, 4, 5], "ignore_eos": True} | body
     answer = await http.post(f"{url}/v1/completions", json=body, timeout=60)
     return answer.status_code, answer.text
+
+
+def test_the_front_has_no_torch_and_the_engine_no_torchao(
+    server: tuple[subprocess.Popen[bytes], str], server_log: Path
+) -> None:
+    child, _ = server
+    assert torch_libraries(engine_of(child))
+    assert not torch_libraries(psutil.Process(child.pid))
+    imports = {line.split("|")[-1].strip() for line in server_log.read_text().splitlines()}
+    assert {"torch", "transformers.quantizers", "quantgate_serve.http.app"} <= imports
+    assert not {"torchao", "scipy"} & imports
 
 
 def test_a_killed_engine_answers_everyone_and_comes_back(

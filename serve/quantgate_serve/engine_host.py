@@ -1,0 +1,171 @@
+"""The engine's side of the socket: loads the model, warms up, steps, and reports to the front.
+
+Runs in a process of its own (engine_process.py), or for a debugger in a thread of the front's.
+"""
+
+from collections.abc import Sequence
+from time import monotonic
+
+import torch
+
+from quantgate_serve.admission import (
+    QueueFullError,
+    RequestTooLongError,
+    TooManyAtOnceError,
+)
+from quantgate_serve.channel import (
+    Abort,
+    Channel,
+    Ended,
+    Loaded,
+    Logprob,
+    Message,
+    Refused,
+    Start,
+    StepReport,
+    Stop,
+    Submit,
+    Warm,
+    plain_logprobs,
+    progress,
+    request_of,
+)
+from quantgate_serve.device_memory import free_device_bytes
+from quantgate_serve.engine import Engine, Step
+from quantgate_serve.loading import UnsupportedModelError
+from quantgate_serve.request import FinishReason, Request, RequestError, RequestState
+from quantgate_serve.startup import build_engine, load_for_serving
+
+# The counts go along this often while there is work, and with the last step of it. Pickling them
+# takes as long as a hundred tokens. They are also the sign of life.
+METRICS_INTERVAL_S = 0.1
+
+
+def host(channel: Channel) -> None:
+    """Load what the first message says, warm up and serve `channel`.
+
+    Raises:
+        ChannelClosedError: the front has ended.
+    """
+    start, *early = channel.receive(None)
+    if not isinstance(start, Start):
+        raise TypeError(f"the front's first message is {type(start).__name__}, expected Start")
+    settings = start.settings
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    try:
+        loaded = load_for_serving(settings.model, settings)
+        engine = build_engine(loaded, settings)
+        channel.send(
+            Loaded(
+                engine.limits,
+                loaded.vocab_size,
+                loaded.eos_ids,
+                loaded.device.type,
+                free_device_bytes(loaded.device),
+                engine.metrics,
+            )
+        )
+        engine.warm_up()
+    except UnsupportedModelError as error:
+        channel.send(Refused(str(error)))
+        return
+    channel.send(Warm())
+    EngineHost(engine, channel).run(early)
+
+
+class EngineHost:
+    """Steps an engine for a front: mail in, one report out per step."""
+
+    def __init__(self, engine: Engine, channel: Channel) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._requests: dict[int, Request] = {}
+        # How many output tokens of a streaming request the front has.
+        self._told: dict[int, int] = {}
+        self._refused: list[Request] = []
+        self._next_metrics_s = 0.0
+        self._is_stopping = False
+
+    def run(self, messages: Sequence[Message] = ()) -> None:
+        """Take `messages`, then what arrives, until Stop.
+
+        Raises:
+            ChannelClosedError: the front has ended.
+        """
+        engine = self._engine
+        for message in messages:
+            self._take(message)
+        while not self._is_stopping:
+            idle_s = 0 if self._refused else engine.idle_s()
+            if idle_s is None:
+                engine.rest()
+            for message in self._channel.receive(idle_s):
+                self._take(message)
+            if engine.has_work or self._refused:
+                report = self._report(engine.step())
+                if report is not None:
+                    self._channel.send(report)
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Submit():
+                self._submit([request_of(values) for values in message.requests])
+            case Abort():
+                found = [self._requests[id] for id in message.ids if id in self._requests]
+                self._engine.abort(found, reason=message.reason)
+            case Stop():
+                self._is_stopping = True
+            case _:
+                raise TypeError(f"the front sent {type(message).__name__}, which is the engine's")
+
+    def _submit(self, requests: list[Request]) -> None:
+        self._requests |= {request.id: request for request in requests}
+        try:
+            self._engine.submit(requests)
+        # The front counts the same queue a moment later, so it has refused these already.
+        except (RequestTooLongError, TooManyAtOnceError, QueueFullError) as error:
+            for request in requests:
+                request.error = RequestError(str(error), "engine_error")
+                request.finish_reason = FinishReason.ERROR
+                request.state = RequestState.FINISHED
+            self._refused += requests
+
+    def _report(self, step: Step) -> StepReport | None:
+        """What the front must hear of `step`; None if that is nothing."""
+        ended = [*self._refused, *step.ended]
+        self._refused = []
+        now = monotonic()
+        metrics = None
+        if now >= self._next_metrics_s or not self._engine.has_work:
+            metrics = self._engine.metrics
+            self._next_metrics_s = now + METRICS_INTERVAL_S
+        elif not (step.started or step.grown or ended):
+            return None
+        report = StepReport([request.id for request in step.started], [], [], {}, [], metrics)
+        for request in step.grown:
+            tokens, logprobs = self._news(request)
+            report.ids += [request.id] * len(tokens)
+            report.tokens += tokens
+            if logprobs:
+                report.logprobs[request.id] = logprobs
+        for request in ended:
+            report.ended.append(
+                Ended(
+                    request.id,
+                    *self._news(request),
+                    plain_logprobs(request.prompt_logprobs),
+                    progress(request),
+                )
+            )
+            del self._requests[request.id]
+            self._told.pop(request.id, None)
+        return report
+
+    def _news(self, request: Request) -> tuple[list[int], list[Logprob]]:
+        """The output tokens that the front has not been told, with their log-probabilities."""
+        told = self._told.get(request.id, 0)
+        tokens = request.token_ids[request.num_prompt + told :]
+        self._told[request.id] = told + len(tokens)
+        # One for each output token, or none at all.
+        return tokens, plain_logprobs(request.logprobs[told:])
