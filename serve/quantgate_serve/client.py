@@ -1,25 +1,25 @@
 """The front's engine: what the routes call, whichever process computes.
 
-Lives on the event loop. Counts the queue, hands requests to the engine that serves, answers
-everyone when an engine dies, starts the next one, and changes engines without losing a request.
+Lives on the event loop. Hands requests to the engine that serves, answers everyone when an engine
+dies, starts the next one, and changes engines without losing a request. What becomes of a request
+is in ledger.py.
 """
 
 import asyncio
 import copy
 import logging
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
-from time import monotonic, perf_counter_ns
+from time import monotonic
 from typing import Any
 
-from quantgate_serve import transcript
-from quantgate_serve.admission import Admission, AdmissionLimits, QueueFullError
-from quantgate_serve.channel import Abort, Loaded, Message, StepReport, Submit, asked
+from quantgate_serve.admission import AdmissionLimits
+from quantgate_serve.channel import Loaded, Message, StepReport, Submit, asked
 from quantgate_serve.config import ServerSettings
 from quantgate_serve.engine_child import ChildState, EngineChild, Launch, launch_process
+from quantgate_serve.ledger import Ledger
 from quantgate_serve.memory import peak_resident_bytes
 from quantgate_serve.metrics import EngineMetrics, FrontMetrics
-from quantgate_serve.request import FinishReason, Request, RequestError, RequestState
+from quantgate_serve.request import FinishReason, Request
 from quantgate_serve.restarts import Restarts
 from quantgate_serve.room import fits_beside
 
@@ -45,16 +45,13 @@ class EngineClient:
     def __init__(self, settings: ServerSettings, *, launch: Launch = launch_process) -> None:
         # What is counted here, outside the engine.
         self.front = FrontMetrics(slo_baselines=dict(settings.slo))
-        # Called with each request that was queued, once, when it has ended.
-        self.on_ended: list[Callable[[Request], None]] = []
+        self._ledger = Ledger(self.front)
         # Why the server must end, once restarting is no use.
         self.failure: Exception | None = None
         # Grows with each change of weights: what was computed with others is void.
         self.epoch = 0
         self.settings = settings
         self._launch = launch
-        self._admission: Admission | None = None
-        self._queued: set[int] = set()
         self._serving: EngineChild | None = None
         # Coming up to take over, or finishing what it owes.
         self._others: list[EngineChild] = []
@@ -91,6 +88,11 @@ class EngineClient:
         for task in self._background:
             task.cancel()
         await asyncio.gather(*(child.stop() for child in self._children() if child.pid))
+
+    @property
+    def on_ended(self) -> list[Callable[[Request], None]]:
+        """Called with each request that was queued, once, when it has ended."""
+        return self._ledger.on_ended
 
     @property
     def loaded(self) -> Loaded | None:
@@ -142,21 +144,11 @@ class EngineClient:
             RequestTooLongError: one can never fit.
             QueueFullError: too much is queued already.
         """
-        child, admission = self._serving, self._admission
+        child = self._serving
         is_taking = self._held is not None or (child and child.state in _TAKES_REQUESTS)
-        if child is None or admission is None or not is_taking or not self.is_alive:
+        if child is None or not self._ledger.is_open or not is_taking or not self.is_alive:
             raise EngineStoppedError(self._stopped_text())
-        try:
-            admission.enter(requests)
-        except QueueFullError as error:
-            self.front.rejections[error.reason] += 1
-            raise
-        now = perf_counter_ns()
-        for request in requests:
-            request.queued_ns = now
-            # Its text is made here, and a stop string in it ends it early.
-            request.is_streaming = request.is_streaming or request.text is not None
-            self._queued.add(request.id)
+        self._ledger.enter(requests)
         if self._held is not None:
             self._held |= {request.id: request for request in requests}
         else:
@@ -166,11 +158,11 @@ class EngineClient:
         """Stop working on `requests` before the next step; finished ones are left alone."""
         unfinished = [request for request in requests if not request.is_finished]
         for request in unfinished:
-            self._end(request, FinishReason.ABORT)
+            self._ledger.end(request, FinishReason.ABORT)
             if self._held is not None:
                 self._held.pop(request.id, None)
         for child in self._children():
-            self._forget(child, unfinished, FinishReason.ABORT)
+            self._ledger.forget(child, unfinished, FinishReason.ABORT)
 
     async def replace(self, settings: ServerSettings) -> str:
         """Serve other weights from now on; no request fails of it. Gives what happened, in words.
@@ -210,7 +202,7 @@ class EngineClient:
             if child is not None and child.state is ChildState.SERVING:
                 _hand_over(child, held)
             else:
-                self._fail(held, "neither the new weights nor the old ones can be loaded")
+                self._ledger.fail(held, "neither the new weights nor the old ones can be loaded")
                 if not self._is_stopping:
                     self.failure = EngineStoppedError("no weights can be loaded any more.")
 
@@ -255,7 +247,11 @@ class EngineClient:
     def _hear(self, child: EngineChild, message: Message) -> None:
         match message:
             case StepReport():
-                self._take_report(child, message)
+                if message.metrics is not None:
+                    child.metrics = message.metrics
+                    if child is self._serving:
+                        self._ledger.pace(message.metrics)
+                self._ledger.take(child, message)
             case Loaded() if child is self._serving:
                 self._limit(message.limits)
             case _ if child is self._serving and child.state is ChildState.SERVING:
@@ -265,86 +261,8 @@ class EngineClient:
                 pass
 
     def _limit(self, limits: AdmissionLimits) -> None:
-        """Admit by `limits` from now on: another engine may have found room for another cache."""
         self.limits = limits
-        if self._admission is None:
-            self._admission = Admission(limits)
-        self._admission.limits = limits
-
-    def _take_report(self, child: EngineChild, report: StepReport) -> None:
-        if report.metrics is not None:
-            child.metrics = report.metrics
-            if self._admission is not None and child is self._serving:
-                self._admission.tokens_per_s = report.metrics.now.service_tokens_per_s
-                self._admission.s_per_step = report.metrics.now.service_s_per_step
-        now = perf_counter_ns()
-        for id in report.started:
-            request = child.in_flight.get(id)
-            if request is not None:
-                # Known better at its end, but the front may end it first.
-                request.scheduled_ns = now
-                self._leave_queue(request)
-        stopped: list[Request] = []
-        for id, token in zip(report.ids, report.tokens, strict=True):
-            request = child.in_flight.get(id)
-            if request is None or request.is_finished:
-                continue
-            logprobs = report.logprobs.get(id, [])
-            request.first_token_ns = request.first_token_ns or now
-            request.last_token_ns = now
-            with self._detokenizing(request):
-                is_stopped = transcript.grow(request, [token], logprobs[:1])
-            if is_stopped:
-                self._end(request, FinishReason.STOP)
-                stopped.append(request)
-            del logprobs[:1]
-            transcript.tell(request)
-        self._forget(child, stopped, FinishReason.STOP)
-        for ended in report.ended:
-            request = child.settle(ended.id)
-            if request is not None:
-                with self._detokenizing(request):
-                    transcript.end(request, ended)
-                self._leave_queue(request)
-                self._note_end(request)
-                transcript.tell(request)
-
-    def _end(self, request: Request, reason: FinishReason) -> None:
-        """End `request` by the front's own decision."""
-        request.state = RequestState.FINISHED
-        request.finish_reason = reason
-        request.finished_ns = perf_counter_ns()
-        self._leave_queue(request)
-        self._note_end(request)
-
-    @contextmanager
-    def _detokenizing(self, request: Request) -> Iterator[None]:
-        started_ns = perf_counter_ns()
-        yield
-        if request.text is not None:
-            self.front.detokenize_s.observe((perf_counter_ns() - started_ns) / 1e9)
-
-    def _note_end(self, request: Request) -> None:
-        for note in self.on_ended:
-            note(request)
-
-    def _fail(self, requests: Sequence[Request], reason: str) -> None:
-        for request in requests:
-            request.error = RequestError(f"{reason}. Send the request again.", "engine_failed")
-            self._end(request, FinishReason.ERROR)
-            transcript.tell(request)
-
-    def _forget(
-        self, child: EngineChild, requests: Sequence[Request], reason: FinishReason
-    ) -> None:
-        ids = [request.id for request in requests if child.settle(request.id)]
-        if ids:
-            child.send(Abort(ids, reason))
-
-    def _leave_queue(self, request: Request) -> None:
-        if request.id in self._queued and self._admission is not None:
-            self._queued.discard(request.id)
-            self._admission.leave(request)
+        self._ledger.limit(limits)
 
     # Life and death of engines.
 
@@ -360,7 +278,7 @@ class EngineClient:
         """`child` has ended: answer everyone it owed, and start another or give up."""
         reason = f"the engine's process has ended ({child.exit_text})"
         unfinished = [child.settle(id) for id in list(child.in_flight)]
-        self._fail([request for request in unfinished if request is not None], reason)
+        self._ledger.fail([request for request in unfinished if request is not None], reason)
         peak_bytes = self.metrics.now.peak_memory_bytes
         child.metrics.now = EngineMetrics().now
         self._metrics_before.add(child.metrics)
@@ -375,7 +293,7 @@ class EngineClient:
         if child.refusal is not None:
             self.failure = ModelRefusedError(child.refusal)
             return
-        if self._admission is None:
+        if not self._ledger.is_open:
             self.failure = EngineStoppedError(f"{reason} while it loaded the model; see its log.")
             return
         pause_s = self._restarts.die(monotonic())
