@@ -8,7 +8,7 @@ from pathlib import Path
 
 from quantgate.errors import UsageError
 from quantgate.machine import choose_device
-from quantgate.policy import Policy
+from quantgate.policy import Policy, Serving
 from quantgate.quality.golden import GoldenSet, find_golden_set, load_golden_set
 from quantgate.quality.stage import engine_sha256
 from quantgate.server import ServerOptions
@@ -95,7 +95,6 @@ def make_plan(request: ReleaseRequest) -> Plan:
             max_documents=policy.calibration.max_documents,
             max_tokens=policy.calibration.max_tokens,
         )
-    serving = policy.serving
     return Plan(
         policy=policy,
         source=source,
@@ -104,15 +103,23 @@ def make_plan(request: ReleaseRequest) -> Plan:
         golden_sets=tuple(golden(name) for name in policy.golden_sets),
         documents=golden(policy.distribution.golden_set) if policy.distribution else None,
         calibration=calibration,
-        server=ServerOptions(
-            device=device,
-            threads=serving.threads,
-            max_batch_size=serving.max_batch_size,
-            max_batched_tokens=serving.max_batched_tokens,
-            kv_tokens=serving.kv_tokens,
-            caches=serving.caches,
-        ),
+        server=_server_options(policy.serving, device),
         runs=request.runs,
+    )
+
+
+def _server_options(serving: Serving, device: str) -> ServerOptions:
+    window = serving.admission_window
+    return ServerOptions(
+        device=device,
+        threads=serving.threads,
+        max_batch_size=serving.max_batch_size,
+        max_batched_tokens=serving.max_batched_tokens,
+        kv_tokens=serving.kv_tokens,
+        max_context=serving.max_context,
+        admission_window_ms=None if window is None else window.to("ms"),
+        native_kernels="auto" if serving.native_kernels else "off",
+        caches=serving.caches,
     )
 
 

@@ -11,11 +11,11 @@ from pathlib import Path, PurePath
 from typing import Annotated, TypeAlias
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from quantgate.files import sha256_of_bytes
 from quantgate.gate import DEFAULT_CONFIDENCE, Confidence, Gate, Refused, Scheme, SpecModel
-from quantgate.spec import Document, Location, Problem, SpecError, read_document
+from quantgate.policy_errors import problems_of
+from quantgate.spec import Location, SpecError, read_document
 from quantgate.statistics.blocks import MIN_BLOCKS
 from quantgate.units import Quantity, did_you_mean, parse_metric, parse_quantity, units_of
 
@@ -24,6 +24,9 @@ SOURCE = "source"
 
 RESERVED_NAMES = {SOURCE: "the source model", "champion": "the champion's arm"}
 """Names of folders in a release that no variant may take."""
+
+_MAX_WINDOW_MS = 50
+"""The server's own limit."""
 
 PositiveInt: TypeAlias = Annotated[int, Field(ge=1)]
 NonNegativeInt: TypeAlias = Annotated[int, Field(ge=0)]
@@ -126,11 +129,26 @@ class Serving(SpecModel):
     kv_tokens: PositiveInt = 16_384
     threads: PositiveInt | None = None
     """None for all cores."""
+    max_context: PositiveInt | None = None
+    """Longest sequence in tokens; None for the model's whole context. A model with a sliding window
+    is served, and scored, up to its window only."""
+    admission_window: Duration | None = None
+    """How long an underfilled engine waits for company, up to 50 ms; None for not at all."""
+    native_kernels: bool = True
+    """Whether a CPU server may compile kernels for its processor; if it cannot, torch computes."""
     timeout: Duration = Quantity(60.0, "s")
     """A request that is not answered in this time has failed."""
     caches: bool = False
     """Whether the servers reuse prefixes, join equal requests and keep answers and embeddings. Off,
     every request is computed, and a figure is the variant's, not its workload's repetition."""
+
+    @model_validator(mode="after")
+    def _window_is_short(self) -> Serving:
+        window = self.admission_window
+        if window is not None and window.to("ms") > _MAX_WINDOW_MS:
+            message = f"{window} is more than {_MAX_WINDOW_MS} ms; write: {_MAX_WINDOW_MS} ms"
+            raise Refused((("admission_window",), message))
+        return self
 
 
 class Policy(SpecModel):
@@ -193,6 +211,7 @@ class Policy(SpecModel):
             *_golden_set_problems(self),
             *_gate_problems(self),
             *_variant_problems(self),
+            *_serving_problems(self),
         ]
         if problems:
             raise Refused(*problems)
@@ -210,7 +229,7 @@ def load_policy(path: Path) -> Policy:
         policy = Policy.model_validate(document.data)
     except ValidationError as error:
         problems = [
-            problem for details in error.errors() for problem in _problems_of(document, details)
+            problem for details in error.errors() for problem in problems_of(document, details)
         ]
         raise SpecError(path, problems) from error
     policy._path = path
@@ -315,77 +334,28 @@ def _variant_problems(policy: Policy) -> list[tuple[Location, str]]:
     return problems
 
 
+def _serving_problems(policy: Policy) -> list[tuple[Location, str]]:
+    """What is scored and sent must fit into what is served."""
+    limit = policy.serving.max_context
+    if limit is None:
+        return []
+    problems: list[tuple[Location, str]] = []
+    if policy.distribution is not None and policy.distribution.max_tokens > limit:
+        found = policy.distribution.max_tokens
+        message = f"max_tokens is {found}, beyond serving.max_context; write: max_tokens: {limit}"
+        problems.append((("distribution",), message))
+    if policy.workload is not None:
+        longest = policy.workload.prompt_tokens[1] + policy.workload.output_tokens[1]
+        if longest > limit:
+            message = (
+                f"a request may have {longest} tokens, beyond serving.max_context {limit}; "
+                f"write: max_context: {longest}, or shorter ones"
+            )
+            problems.append((("workload",), message))
+    return problems
+
+
 def _unknown(what: str, name: str, known: Collection[str]) -> str:
     if not known:
         return f'unknown {what} "{name}"; none is listed'
     return f'unknown {what} "{name}"; expected one of {", ".join(known)}{did_you_mean(name, known)}'
-
-
-# --- pydantic's errors in the words of the file ---
-
-_EXPECTED = {
-    "string_type": "text",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
-    "dataclass_exact_type": 'a quantity, as in "250 ms"',
-}
-_WRITE = {
-    "policy": "policy: NAME",
-    "model": "model: demo",
-    "device": "device: auto | cpu | cuda | cuda:0",
-    "variants": "variants: {bf16: {scheme: bf16}}",
-    "scheme": "scheme: int4-gptq",
-    "golden_set": "golden_set: NAME",
-    "seed": "seed: 0",
-    "rate": "rate: 20 req/s",
-    "requests": "requests: 60",
-    "burst_requests": "burst_requests: 32",
-    "prompt_tokens": "prompt_tokens: [32, 256]",
-    "output_tokens": "output_tokens: [16, 64]",
-    "timeout": "timeout: 60 s",
-    "confidence": "confidence: 0.95",
-    "gates": "gates: [{id: oom, metric: stability/oom.count, test: limit, max: 0 count}]",
-    "id": "id: NAME (letters, digits, dots, dashes)",
-    "metric": "metric: quality/kl_nats.mean",
-    "test": "test: limit",
-    "schemes": "schemes: [int4-nf4, int4-gptq]",
-}
-
-
-def _problems_of(document: Document, details: ErrorDetails) -> list[Problem]:
-    location = tuple(details["loc"])
-    cause = details.get("ctx", {}).get("error")
-    if isinstance(cause, Refused):
-        return [document.problem((*location, *inner), text) for inner, text in cause.problems]
-    # A union reports one error per arm, with the arm's type in the location: no key of the file.
-    keys = [part for part in location if isinstance(part, str)]
-    key = next(
-        (part for part in reversed(keys) if part in _WRITE), keys[-1] if keys else "the file"
-    )
-    return [document.problem(location, _message_of(details, key, cause))]
-
-
-def _message_of(details: ErrorDetails, key: str, cause: object) -> str:
-    if cause is not None:
-        return str(cause)
-    hint = f"; write: {_WRITE[key]}" if key in _WRITE else ""
-    if details["type"] == "missing":
-        return f'"{details["loc"][-1]}" is missing{hint}'
-    found = details["input"]
-    if details["type"] == "literal_error":
-        expected = details["ctx"]["expected"].replace("'", "")
-        near = did_you_mean(str(found), expected.replace(" or ", ", ").split(", "))
-        return f'{key} is "{found}"; expected {expected}{near}'
-    expected = _EXPECTED.get(details["type"])
-    if expected is None:
-        # pydantic's own sentences about ranges and lengths are plain English.
-        expected = details["msg"][:1].lower() + details["msg"][1:]
-        return f"{key} is {found!r}: {expected}{hint}"
-    return f"{key} is {found!r}; expected {expected}{hint}"

@@ -40,6 +40,9 @@ class ServerOptions:
     kv_tokens: int | None = None
     max_queued_requests: int | None = None
     max_queued_tokens: int | None = None
+    max_context: int | None = None
+    admission_window_ms: float | None = None
+    native_kernels: str | None = None
     caches: bool = False
     """False computes every request whole; True keeps and shares what a server can."""
     ready_timeout_s: float = 180.0
@@ -54,6 +57,9 @@ class ServerOptions:
             "--kv-tokens": self.kv_tokens,
             "--max-queued-requests": self.max_queued_requests,
             "--max-queued-tokens": self.max_queued_tokens,
+            "--max-context": self.max_context,
+            "--admission-window-ms": self.admission_window_ms,
+            "--native-kernels": self.native_kernels,
         }
         given = [text for k, v in options.items() if v is not None for text in (k, str(v))]
         # Said either way, whatever the server's defaults are: an arm that finds its warm-up in a

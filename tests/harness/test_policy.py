@@ -82,6 +82,18 @@ def test_caches_are_on_where_the_policy_says_so(tmp_path: Path) -> None:
     )
 
 
+def test_context_window_and_kernels_are_the_servers_own_unless_they_are_written(
+    tmp_path: Path,
+) -> None:
+    serving = load_policy(written(tmp_path, GOOD)).serving
+    assert (serving.max_context, serving.admission_window) == (None, None)
+    assert serving.native_kernels is True
+    block = "serving: {max_context: 1024, admission_window: 5 ms, native_kernels: off}\n"
+    serving = load_policy(written(tmp_path, block + GOOD)).serving
+    assert (serving.max_context, serving.admission_window) == (1024, Quantity(5.0, "ms"))
+    assert serving.native_kernels is False
+
+
 def test_a_gate_without_a_confidence_takes_the_policys(tmp_path: Path) -> None:
     policy = load_policy(written(tmp_path, "confidence: 0.9\n" + GOOD))
     assert [gate.confidence for gate in policy.gates] == [0.9, 0.9, 0.99, 0.9]
@@ -141,6 +153,27 @@ def test_a_variant_that_is_brought_needs_no_calibration(tmp_path: Path) -> None:
             "model: demo",
             "model: demo\nconfidence: 0.4",
             "small.yaml:3: confidence is 0.4: input should be greater than 0.5",
+        ),
+        (
+            "model: demo",
+            "model: demo\nserving: {admission_window: 51 ms}",
+            "small.yaml:3: 51 ms is more than 50 ms; write: 50 ms",
+        ),
+        (
+            "model: demo",
+            "model: demo\nserving: {native_kernels: fast}",
+            "small.yaml:3: native_kernels is 'fast'; expected true or false",
+        ),
+        (
+            "model: demo",
+            "model: demo\nserving: {max_context: 319}",
+            "a request may have 320 tokens, beyond serving.max_context 319; "
+            "write: max_context: 320, or shorter ones",
+        ),
+        (
+            "model: demo",
+            "model: demo\nserving: {max_context: 511}",
+            "max_tokens is 512, beyond serving.max_context; write: max_tokens: 511",
         ),
         (
             "model: demo",

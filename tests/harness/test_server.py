@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from quantgate.errors import MeasurementError, ServerDied
 from quantgate.server import Server, ServerOptions, last_lines, parse_counters, running_server
 from quantgate.variants.source import demo_folder
+from quantgate_serve.__main__ import _parser
 
 
 def test_counters_are_summed_over_their_labels_and_comments_are_skipped() -> None:
@@ -43,6 +44,27 @@ def test_options_that_are_none_are_left_to_the_server() -> None:
     off = ["--no-prefix-cache", "--no-coalescing"]
     off += ["--response-cache-mib", "0", "--embedding-cache-mib", "0"]
     assert options.arguments() == [*given, *off]
+
+
+def test_the_server_knows_every_option_that_the_harness_may_give_it() -> None:
+    options = ServerOptions(
+        device="cpu",
+        dtype="float32",
+        threads=1,
+        max_batch_size=2,
+        max_batched_tokens=64,
+        kv_tokens=4096,
+        max_queued_requests=8,
+        max_queued_tokens=4096,
+        max_context=128,
+        admission_window_ms=5.0,
+        native_kernels="off",
+        caches=True,
+    )
+    parsed = vars(_parser().parse_args(["--model", "folder", *options.arguments()]))
+    names = [name for name in ServerOptions.__slots__ if name not in ("caches", "ready_timeout_s")]
+    assert {name: parsed[name] for name in names} == {n: getattr(options, n) for n in names}
+    assert (parsed["prefix_cache"], parsed["coalescing"]) == (True, True)
 
 
 OPTIONS = st.fixed_dictionaries(

@@ -110,6 +110,7 @@ def distribution_layer(
         dtype=plan.dtype,
         threads=plan.server.threads,
         max_tokens=max_tokens,
+        max_context=plan.server.max_context,
         on_done=done,
     )
     measured = {}

@@ -38,6 +38,7 @@ def compare_with_reference(
     dtype: str,
     threads: int | None,
     max_tokens: int,
+    max_context: int | None,
     on_done: Callable[[str], None],
 ) -> dict[str, str]:
     """Scores each candidate in a child process and writes its parquet to `out[name]`.
@@ -58,7 +59,8 @@ def compare_with_reference(
     while pending:
         code = _run_teacher(
             reference, dict(pending), documents, out=out, log=log, device=device, dtype=dtype,
-            threads=threads, max_tokens=max_tokens, take_finished=take_finished,
+            threads=threads, max_tokens=max_tokens, max_context=max_context,
+            take_finished=take_finished,
         )  # fmt: skip
         if pending:
             # Candidates are taken in order, so the first without a result is the one that failed.
@@ -79,6 +81,7 @@ def _run_teacher(
     dtype: str,
     threads: int | None,
     max_tokens: int,
+    max_context: int | None,
     take_finished: Callable[[], None],
 ) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +112,7 @@ def _run_teacher(
                 "device": device,
                 "dtype": dtype,
                 "threads": threads,
+                "max_context": max_context,
             },
         )
         with log.open("wb") as file:

@@ -194,6 +194,7 @@ class _Work:
             dtype=plan.dtype,
             threads=plan.server.threads,
             max_tokens=self._max_tokens,
+            max_context=plan.server.max_context,
             on_done=lambda name: progress.step(note=f"{name} distribution"),
         )
         for name, path in paths.items():

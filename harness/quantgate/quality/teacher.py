@@ -38,20 +38,23 @@ def main() -> None:
         torch.set_num_threads(request["threads"])
     device = request["device"]
     documents: list[dict[str, Any]] = request["documents"]
-    dtype: str = request["dtype"]
-    folder = Path(request["reference"])
-    reference = _Reference(
-        offline.load_model(folder, device=device, dtype=dtype), [d["ids"] for d in documents]
+    load = partial(
+        offline.load_model,
+        device=device,
+        dtype=request["dtype"],
+        max_context=request["max_context"],
     )
+    folder = Path(request["reference"])
+    reference = _Reference(load(folder), [d["ids"] for d in documents])
     # Twins of one scheme are the same model, and a few numbers a document are all that is kept.
     healthy: dict[tuple[str, int], list[Tensor]] = {}
     for candidate in request["candidates"]:
         started = time.perf_counter()
-        model = offline.load_model(Path(candidate["folder"]), device=device, dtype=dtype)
+        model = load(Path(candidate["folder"]))
         kind = (candidate["scheme"], candidate["group_size"])
         twin = None
         if kind not in healthy:
-            twin = offline.load_model(folder, device=device, dtype=dtype)
+            twin = load(folder)
             make_healthy(twin.model, candidate["scheme"], group_size=candidate["group_size"])
             healthy[kind] = []
         rows: dict[str, list[Any]] = {name: [] for name in COLUMNS}

@@ -27,6 +27,7 @@ def test_a_candidate_that_cannot_be_scored_fails_with_the_last_lines_of_the_log(
         dtype="float32",
         threads=1,
         max_tokens=8,
+        max_context=None,
         on_done=lambda _: pytest.fail("nothing was scored"),
     )
     assert "teacher-forced scoring failed (exit 1)" in failures["int8"]

@@ -71,6 +71,7 @@ def offline(
         dtype="float32",
         threads=1,
         max_tokens=MAX_TOKENS,
+        max_context=None,
         on_done=lambda _: None,
     )
     assert failures == {}
