@@ -80,9 +80,9 @@ class EngineGauges:
     # Held by the prefix cache alone: free for whoever needs them.
     kv_pages_cached: int = 0
     weight_bytes: int = 0
-    # Linears by the kernel that computes them, and those of them whose kernel is slow here.
+    # Linears by the kernel that computes them; and by kernel why it is slow here, if it is.
     kernel_linears: dict[str, int] = field(default_factory=dict)
-    slow_linears: int = 0
+    slow_kernels: dict[str, str] = field(default_factory=dict)
     kv_bytes: int = 0
     graph_bytes: int | None = None
     peak_memory_bytes: int = 0
@@ -93,6 +93,10 @@ class EngineGauges:
     # What the device reached on a copy and on a matrix product when the engine started.
     device_bytes_per_s: float | None = None
     device_flops_per_s: float | None = None
+
+    @property
+    def slow_linears(self) -> int:
+        return sum(self.kernel_linears[kernel] for kernel in self.slow_kernels)
 
 
 @dataclass(slots=True)

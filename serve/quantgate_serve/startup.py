@@ -98,7 +98,7 @@ def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:
     kernels = read_kernels(loaded.model, loaded.device)
     log_kernels(kernels)
     metrics.now.kernel_linears = {kernel.name: kernel.count for kernel in kernels}
-    metrics.now.slow_linears = sum(kernel.count for kernel in kernels if kernel.slow is not None)
+    metrics.now.slow_kernels = {k.name: k.slow for k in kernels if k.slow is not None}
     if loaded.device.type == "cuda":
         runner: Runner = build_cuda_runner(
             loaded, storage, metrics, kernels, max_batch_size=settings.max_batch_size

@@ -13,6 +13,7 @@ from torch import nn
 from quantgate_serve.engine import Engine
 from quantgate_serve.graphs import why_not
 from quantgate_serve.kernels import Kernel, kernel_of, log_kernels, read_kernels
+from quantgate_serve.metrics import EngineGauges
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda:0")
@@ -87,10 +88,15 @@ def test_a_slow_kernel_is_a_warning_with_what_to_do(caplog: pytest.LogCaptureFix
     ]
 
 
+def test_slow_linears_are_those_of_slow_kernels() -> None:
+    gauges = EngineGauges(kernel_linears={"fast": 3, "crawling": 2}, slow_kernels={"crawling": "x"})
+    assert gauges.slow_linears == 2
+
+
 def test_an_engine_exports_its_kernels(
     make_engine: Callable[..., Engine], llama_folder: Path
 ) -> None:
     now = make_engine(llama_folder).metrics.now
     assert sum(now.kernel_linears.values()) >= 1
-    assert now.slow_linears == 0
+    assert (now.slow_kernels, now.slow_linears) == ({}, 0)
     assert now.graph_bytes is None

@@ -140,12 +140,19 @@ class EmbeddingAnswer(_Answer):
     usage: EmbeddingUsage
 
 
+class KernelUse(_Answer):
+    name: str
+    linears: int = Field(description="How many of the model's Linears it computes.")
+    slow: str | None = Field(description="Why it is slow on this device and what to do, if it is.")
+
+
 class ModelCard(_Answer):
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     max_model_len: int = Field(description="Most tokens of prompt and answer together.")
+    kernels: list[KernelUse] = Field(description="What computes the model's Linears.")
 
 
 class ModelList(_Answer):

@@ -9,6 +9,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from quantgate_serve import exposition
+from quantgate_serve.channel import Loaded
 from quantgate_serve.http import debug, exchange, openapi, responses
 from quantgate_serve.http.chat import chat_completions
 from quantgate_serve.http.completions import completions
@@ -104,7 +105,19 @@ def _model_card(service: Service) -> responses.Json:
         "created": service.created_s,
         "owned_by": "quantgate",
         "max_model_len": service.engine.limits.max_request_tokens,
+        "kernels": _kernels(service.engine.loaded),
     }
+
+
+def _kernels(loaded: Loaded | None) -> list[responses.Json]:
+    """What computes the Linears; nothing while there is no engine."""
+    if loaded is None:
+        return []
+    now = loaded.metrics.now
+    return [
+        {"name": name, "linears": count, "slow": now.slow_kernels.get(name)}
+        for name, count in now.kernel_linears.items()
+    ]
 
 
 def _add_error_forms(app: FastAPI) -> None:

@@ -75,3 +75,15 @@ def test_answers_have_the_described_shape(
 def test_the_model_pages_have_the_described_shape(shared_url: str) -> None:
     answers.ModelList.model_validate_json(httpx.get(f"{shared_url}/v1/models").content)
     answers.ModelCard.model_validate_json(httpx.get(f"{shared_url}/v1/models/tiny").content)
+
+
+def test_the_model_card_names_what_computes_every_linear(shared_url: str) -> None:
+    card = answers.ModelCard.model_validate_json(httpx.get(f"{shared_url}/v1/models/tiny").content)
+    assert card.kernels
+    assert all(kernel.linears > 0 and kernel.slow is None for kernel in card.kernels)
+    counted = {
+        line.split('kernel="')[1].split('"')[0]: float(line.split()[-1])
+        for line in httpx.get(f"{shared_url}/metrics").text.splitlines()
+        if line.startswith("quantgate_linears{")
+    }
+    assert {kernel.name: kernel.linears for kernel in card.kernels} == counted
