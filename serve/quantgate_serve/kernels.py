@@ -5,6 +5,7 @@ one. A slow one is named with what to do about it.
 """
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from quantgate_serve.linear import PackedLinear
+from quantgate_serve.llm_int8 import Int8Linear
 
 _log = logging.getLogger(__name__)
 _ONE_BY_ONE = "computes its weights anew in each step"
@@ -66,6 +68,8 @@ def kernel_of(module: Any, device: torch.device) -> Kernel | None:
         return _of_bitsandbytes(module, device)
     if library == "gptqmodel":
         return _of_gptqmodel(module, device)
+    if kind is Int8Linear:
+        return _of_llm_int8("quantgate", module.threshold, device)
     if kind.__name__ == "GptqLinear":
         return _of_ours(module, device)
     if kind.__name__.endswith("Experts") and hasattr(module, "gate_up_proj"):
@@ -80,20 +84,21 @@ def kernel_of(module: Any, device: torch.device) -> Kernel | None:
     return None
 
 
+def _of_llm_int8(library: str, threshold: float, device: torch.device) -> Kernel:
+    name = f"{library} LLM.int8 on {device.type}"
+    if threshold == math.inf:
+        return Kernel(f"{name}, without outliers")
+    return Kernel(
+        f"{name}, outliers beyond {threshold:g}",
+        uncapturable=(
+            f"LLM.int8 looks for outliers (threshold {threshold:g}) on the host in each layer"
+        ),
+    )
+
+
 def _of_bitsandbytes(module: Any, device: torch.device) -> Kernel | None:
     if type(module).__name__ == "Linear8bitLt":
-        threshold = float(module.state.threshold)
-        uncapturable = None
-        if threshold > 0:
-            uncapturable = (
-                f"LLM.int8 looks for outliers (threshold {threshold:g}) on the host in each layer"
-            )
-        return Kernel(
-            f"bitsandbytes LLM.int8 on {device.type}, outliers beyond {threshold:g}"
-            if threshold > 0
-            else f"bitsandbytes LLM.int8 on {device.type}, without outliers",
-            uncapturable=uncapturable,
-        )
+        return _of_llm_int8("bitsandbytes", float(module.state.threshold) or math.inf, device)
     if not hasattr(module, "quant_state") and not hasattr(module, "compute_dtype"):
         return None
     kind = getattr(module.weight, "quant_type", "4-bit")

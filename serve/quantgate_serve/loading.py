@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+from quantgate_serve import llm_int8
 from quantgate_serve.architecture import (
     UnsupportedModelError,
     check_config,
@@ -260,6 +261,7 @@ def _settle_bitsandbytes(model: nn.Module, device: torch.device, dtype: torch.dt
         if hasattr(module, "compute_dtype"):
             module.compute_dtype = dtype
             module.compute_type_is_set = True
+    llm_int8.replace_all(model)
 
 
 def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
