@@ -15,6 +15,10 @@
 #define TILE 256     /* tokens whose scores are held at once */
 #define MAX_ROWS 32  /* query rows that share what is read of a tile; library.py knows it, too */
 #define MAX_DIM 256  /* library.py knows it, too */
+/* Below so much work one thread is faster: a team costs some microseconds, and far more where the
+ * other core is busy. Channels of a norm or rotation; pairs of query and key, each of all heads. */
+#define MIN_CHANNELS 32768
+#define MIN_PAIRS 1024
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -212,6 +216,54 @@ typedef struct {
     int32_t token, count, first, pages;
 } block;
 
+/* What a call of attend works on; every thread of a team takes its part of it. */
+typedef struct {
+    const float *query, *key, *value;
+    int64_t stride;
+    float *output;
+    int64_t tokens, num_heads, kv_heads, dim;
+    float *keys, *values;
+    const int64_t *slots;
+    const int32_t *pages;
+    const block *blocks;
+    int64_t num_blocks;
+    float scale;
+    int threads;
+} attention;
+
+static void attend_part(const attention *a) {
+    const int64_t dim = a->dim, kv_heads = a->kv_heads, stride = a->stride;
+    const int64_t page_stride = kv_heads * LANES * dim, output_stride = a->num_heads * dim;
+    const int group = a->num_heads / kv_heads;
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < a->tokens; t++) {
+        int64_t at = a->slots[t] / LANES * page_stride + a->slots[t] % LANES * dim;
+        for (int64_t k = 0; k < kv_heads; k++, at += LANES * dim) {
+            memcpy(a->keys + at, a->key + t * stride + k * dim, sizeof(float) * dim);
+            memcpy(a->values + at, a->value + t * stride + k * dim, sizeof(float) * dim);
+        }
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < a->num_blocks * kv_heads; i++) {
+        block b = a->blocks[i / kv_heads];
+        int64_t k = i % kv_heads;
+        int heads = heads_together(b.count, group, kv_heads, a->num_blocks, a->threads);
+        if (k % heads != 0) continue;
+        cache_view kv = {a->keys + k * LANES * dim, a->values + k * LANES * dim, page_stride,
+                         group, dim, a->scale};
+        const float *from = a->query + b.token * stride + k * group * dim;
+        float *to = a->output + b.token * output_stride + k * group * dim;
+        const int32_t *pages = a->pages + b.pages;
+        /* A constant head dim keeps the sums in registers. */
+        if (dim == 64)
+            attend_block(kv, from, stride, to, output_stride, b.count, b.first, heads, pages, 64);
+        else if (dim == 128)
+            attend_block(kv, from, stride, to, output_stride, b.count, b.first, heads, pages, 128);
+        else
+            attend_block(kv, from, stride, to, output_stride, b.count, b.first, heads, pages, dim);
+    }
+}
+
 /* Store key and value of each token in its slot (page * 16 + offset), then attend.
  * query, key and value are [T, heads, D] with `stride` floats from token to token; output is
  * [T, N, D], contiguous. */
@@ -219,48 +271,25 @@ void attend(const float *query, const float *key, const float *value, int64_t st
             float *output, int64_t tokens, int64_t num_heads, int64_t kv_heads, int64_t dim,
             float *keys, float *values, const int64_t *slots, const int32_t *pages,
             const block *blocks, int64_t num_blocks, float scale, int64_t threads) {
-    const int64_t page_stride = kv_heads * LANES * dim;
-    const int group = num_heads / kv_heads;
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++) {
-            int64_t at = slots[t] / LANES * page_stride + slots[t] % LANES * dim;
-            for (int64_t k = 0; k < kv_heads; k++, at += LANES * dim) {
-                memcpy(keys + at, key + t * stride + k * dim, sizeof(float) * dim);
-                memcpy(values + at, value + t * stride + k * dim, sizeof(float) * dim);
-            }
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < num_blocks * kv_heads; i++) {
-            block b = blocks[i / kv_heads];
-            int64_t k = i % kv_heads;
-            int heads = heads_together(b.count, group, kv_heads, num_blocks, threads);
-            if (k % heads != 0) continue;
-            cache_view kv = {keys + k * LANES * dim, values + k * LANES * dim, page_stride, group,
-                             dim, scale};
-            const float *from = query + b.token * stride + k * group * dim;
-            float *to = output + (b.token * num_heads + k * group) * dim;
-            /* A constant head dim keeps the sums in registers. */
-            if (dim == 64)
-                attend_block(kv, from, stride, to, num_heads * dim, b.count, b.first, heads,
-                             pages + b.pages, 64);
-            else if (dim == 128)
-                attend_block(kv, from, stride, to, num_heads * dim, b.count, b.first, heads,
-                             pages + b.pages, 128);
-            else
-                attend_block(kv, from, stride, to, num_heads * dim, b.count, b.first, heads,
-                             pages + b.pages, dim);
-        }
+    int64_t pairs = 0;
+    for (int64_t i = 0; i < num_blocks && pairs < MIN_PAIRS; i++)
+        pairs += (int64_t)blocks[i].count * (blocks[i].first + blocks[i].count);
+    if (pairs < MIN_PAIRS) threads = 1;
+    attention a = {query, key,  value,  stride, output, tokens, num_heads,  kv_heads, dim,
+                   keys,  values, slots, pages,  blocks, num_blocks, scale, threads};
+    if (threads == 1) {
+        attend_part(&a);
+        return;
     }
+#pragma omp parallel num_threads(threads)
+    attend_part(&a);
 }
 
-/* Rotate the first `heads` heads of x [T, heads or more, D] in place: channels 2i and 2i + 1 where
- * `paired`, else i and i + D / 2. cos and sin have D / 2 angles for each token, `angles` apart. */
-void rotate(float *x, int64_t stride, const float *cos, const float *sin, int64_t angles,
-            int64_t tokens, int64_t heads, int64_t dim, int64_t paired, int64_t threads) {
+static void rotate_part(float *x, int64_t stride, const float *cos, const float *sin,
+                        int64_t angles, int64_t tokens, int64_t heads, int64_t dim,
+                        int64_t paired) {
     const int64_t half = dim / 2;
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; t++) {
         const float *c = cos + t * angles, *s = sin + t * angles;
         for (int64_t h = 0; h < heads; h++) {
@@ -281,10 +310,21 @@ void rotate(float *x, int64_t stride, const float *cos, const float *sin, int64_
     }
 }
 
-/* hidden += delta, where there is one; normed = hidden / rms(hidden) * weight. All [T, width]. */
-void add_norm(float *hidden, const float *delta, const float *weight, float *normed,
-              int64_t tokens, int64_t width, float eps, int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+/* Rotate the first `heads` heads of x [T, heads or more, D] in place: channels 2i and 2i + 1 where
+ * `paired`, else i and i + D / 2. cos and sin have D / 2 angles for each token, `angles` apart. */
+void rotate(float *x, int64_t stride, const float *cos, const float *sin, int64_t angles,
+            int64_t tokens, int64_t heads, int64_t dim, int64_t paired, int64_t threads) {
+    if (threads == 1 || tokens * heads * dim <= MIN_CHANNELS) {
+        rotate_part(x, stride, cos, sin, angles, tokens, heads, dim, paired);
+        return;
+    }
+#pragma omp parallel num_threads(threads)
+    rotate_part(x, stride, cos, sin, angles, tokens, heads, dim, paired);
+}
+
+static void add_norm_part(float *hidden, const float *delta, const float *weight, float *normed,
+                          int64_t tokens, int64_t width, float eps) {
+#pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; t++) {
         float *x = hidden + t * width;
         vec squares = (vec){0};
@@ -300,4 +340,15 @@ void add_norm(float *hidden, const float *delta, const float *weight, float *nor
         for (int64_t c = 0; c < width; c += LANES)
             store(normed + t * width + c, load(x + c) * scale * load(weight + c));
     }
+}
+
+/* hidden += delta, where there is one; normed = hidden / rms(hidden) * weight. All [T, width]. */
+void add_norm(float *hidden, const float *delta, const float *weight, float *normed,
+              int64_t tokens, int64_t width, float eps, int64_t threads) {
+    if (threads == 1 || tokens * width <= MIN_CHANNELS) {
+        add_norm_part(hidden, delta, weight, normed, tokens, width, eps);
+        return;
+    }
+#pragma omp parallel num_threads(threads)
+    add_norm_part(hidden, delta, weight, normed, tokens, width, eps);
 }

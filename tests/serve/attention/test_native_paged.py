@@ -151,6 +151,20 @@ def test_a_sequence_gets_the_same_bits_alone_as_in_company() -> None:
         assert torch.equal(case.attend([row])[0], together[row])
 
 
+def test_threads_change_no_bit() -> None:
+    case = Case([(900, 1), (0, 70), (299, 1)], kv_heads=4, group=2, head_dim=64, seed=6)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(torch.cat(case.attend([0, 1, 2]), dim=1))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 def test_a_key_that_is_no_number_makes_the_output_none() -> None:
     case = Case([(20, 1)], kv_heads=1, group=1, head_dim=16, seed=3)
     case.kv.keys[1][case.pages[0][0], :, 3] = float("nan")

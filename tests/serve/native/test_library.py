@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,10 +25,14 @@ needs_compiler = pytest.mark.skipif(find_kernels() is None, reason="no C compile
 
 
 @pytest.fixture
-def kernels() -> LayerKernels:
+def kernels() -> Iterator[LayerKernels]:
+    """With two threads, of which small tensors use one."""
     found = find_kernels()
     assert found is not None
-    return found
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield found
+    torch.set_num_threads(before)
 
 
 @needs_compiler
@@ -112,7 +116,7 @@ def test_native_kernels_are_used_unless_switched_off(mode: str, llama_folder: Pa
 
 
 @needs_compiler
-@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("tokens", [1, 3, 40, 700])  # the last one is worth a team of threads
 def test_a_native_norm_equals_torch_s_and_adds_first(kernels: LayerKernels, tokens: int) -> None:
     generator = torch.Generator().manual_seed(tokens)
     hidden, delta = (torch.randn(tokens, 96, generator=generator) for _ in range(2))
@@ -126,13 +130,14 @@ def test_a_native_norm_equals_torch_s_and_adds_first(kernels: LayerKernels, toke
 
 
 @needs_compiler
+@pytest.mark.parametrize("tokens", [7, 700])
 @pytest.mark.parametrize("is_paired", [True, False])
 def test_a_native_rotation_equals_torch_s_and_leaves_the_values(
-    kernels: LayerKernels, is_paired: bool
+    kernels: LayerKernels, is_paired: bool, tokens: int
 ) -> None:
     generator = torch.Generator().manual_seed(5)
-    heads = torch.randn(7, 4, 32, generator=generator)
-    angles = torch.randn(7, 1, 32, generator=generator)  # a table as wide as a head
+    heads = torch.randn(tokens, 4, 32, generator=generator)
+    angles = torch.randn(tokens, 1, 32, generator=generator)  # a table as wide as a head
     cos, sin = angles.cos()[..., :16], angles.sin()[..., :16]
     before = heads.clone()
     rotated = heads[:, :3]
