@@ -135,7 +135,14 @@ def drill(
     all_layers: Annotated[
         bool, typer.Option("--all-layers", help="Go on through every layer after a catch.")
     ] = False,
+    record: Annotated[bool, typer.Option(help="Record the drill in MLflow.")] = True,
+    tracking_uri: Annotated[
+        str | None, typer.Option(help="MLflow store; default: runs/mlflow.db.")
+    ] = None,
     serving_config: ServingOption = SERVING,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print a Markdown table, a column per variant.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Plant known faults into copies of a policy's variants: which would its gates let through?
@@ -144,7 +151,7 @@ def drill(
     Example: quantgate drill gates/policies/demo.cpu.yaml --variants int4-gptq
     """
     from quantgate.drill.runner import DrillRequest, run_drill
-    from quantgate.report.drill import drill_report
+    from quantgate.report.drill import drill_markdown, drill_report
 
     request = DrillRequest(
         release=options.request(serving_config),
@@ -153,8 +160,15 @@ def drill(
     )
     with progress_shown() as progress:
         result, path = run_drill(request, progress)
+        if record:
+            from quantgate.record import record_drill
+
+            progress.stage("record")
+            record_drill(path, result, tracking_uri=tracking_uri)
     if as_json:
         typer.echo(path.read_text(encoding="utf-8"))
+    elif as_markdown:
+        typer.echo(drill_markdown(result), nl=False)
     else:
         open_console().print(drill_report(result, path=path))
     raise typer.Exit(0 if result.is_clean else 1)

@@ -53,6 +53,11 @@ class Plan:
         return "float32" if self.device == "cpu" else "auto"
 
     @property
+    def models_together(self) -> int:
+        """A server with one thread leaves the other core to its neighbour; a GPU is not shared."""
+        return 2 if self.device == "cpu" and self.server.threads == 1 else 1
+
+    @property
     def all_sets(self) -> list[GoldenSet]:
         """The golden sets, and the documents that the distribution is measured on."""
         return [*self.golden_sets, *([self.documents] if self.documents else [])]

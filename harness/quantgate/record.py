@@ -1,4 +1,4 @@
-"""The record: one MLflow parent run per release, one child run per variant.
+"""The record: one MLflow parent run per release, one child run per variant; one run per drill.
 
 The only module that imports mlflow. verdicts.json is on disk before this runs; recording again
 finds the runs of the same release and returns them.
@@ -7,7 +7,6 @@ finds the runs of the same release and returns them.
 from __future__ import annotations
 
 import fcntl
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,24 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantgate.drill.results import DrillResult
 from quantgate.errors import QuantgateError, UsageError
-from quantgate.load.blocks import block_path
-from quantgate.load.results import ArmLoad, read_arm
-from quantgate.load.stage import find_arm
-from quantgate.measure import (
-    Binomial,
-    Clustered,
-    ClusteredRatio,
-    Latencies,
-    Measurement,
-    Missing,
-    PairedBinary,
-    PairedBlocks,
-    Scalar,
-    percentile,
-)
 from quantgate.measurements_file import MeasurementSet, VariantMeasurements, read_measurements
+from quantgate.recorded_metrics import block_metrics, metrics_of
 from quantgate.release_folder import RECORDED, ReleaseFolder
+from quantgate.report.drill import drill_markdown
 from quantgate.report.summary import step_summary
 from quantgate.verdict import Decision, Outcome
 from quantgate.verdicts_file import ReleaseVerdicts, read_verdicts, verdicts_sha256
@@ -123,13 +110,7 @@ def _record(
 ) -> Recorded:
     client = mlflow.MlflowClient(tracking_uri=uri)
     name = f"{state['source']['name']}/release-gates"
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        embedded = uri == embedded_uri(release.runs)
-        location = (release.runs.resolve() / "artifacts").as_uri() if embedded else None
-        experiment_id = client.create_experiment(name, artifact_location=location)
-    else:
-        experiment_id = experiment.experiment_id
+    experiment_id = _experiment(client, name, uri=uri, runs=release.runs)
     digest = verdicts_sha256(verdicts)
     found = client.search_runs(
         [experiment_id],
@@ -187,6 +168,71 @@ def _record(
     return Recorded(tracking_uri=uri, experiment=name, run_id=parent_id, variant_run_ids=children)
 
 
+def record_drill(path: Path, result: DrillResult, *, tracking_uri: str | None = None) -> Recorded:
+    """Records a drill: one run with its score, its false alarms and its table.
+
+    Args:
+        path: drill.json, in its folder under the runs.
+        tracking_uri: as in `record_release`.
+
+    Raises:
+        UsageError: mlflow is not installed.
+        RecordError: the store cannot be reached.
+    """
+    runs = path.parents[1]
+    uri = tracking_uri or embedded_uri(runs)
+    mlflow = _import_mlflow()
+    with _locked(runs):
+        try:
+            return _record_drill(mlflow, uri, runs, path, result)
+        except mlflow.exceptions.MlflowException as error:
+            raise RecordError(f"{uri}: {error}") from error
+
+
+def _record_drill(mlflow: Any, uri: str, runs: Path, path: Path, result: DrillResult) -> Recorded:
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    name = f"{result.source}/gate-drills"
+    experiment_id = _experiment(client, name, uri=uri, runs=runs)
+    table = drill_markdown(result)
+    tags = {
+        "policy": result.policy,
+        "policy_sha256": result.policy_sha256,
+        "source_sha256": result.source_sha256,
+        "drill": "clean" if result.is_clean else "not clean",
+        "mlflow.note.content": table[:_MAX_TAG_CHARACTERS],
+        **_machine_tags(result.machine),
+    }
+    run_id: str = client.create_run(experiment_id, run_name=path.parent.name, tags=tags).info.run_id
+    metrics = {
+        "drill/harmful.count": result.num_harmful,
+        "drill/caught.count": result.num_caught,
+        "drill/benign.count": result.num_benign,
+        "drill/blocked.count": result.num_blocked,
+        "drill/duration_s": result.seconds,
+    }
+    # Of no fault at all there is no score, and it is not 0.
+    if result.num_harmful:
+        metrics["drill/mutation_score.rate"] = result.num_caught / result.num_harmful
+    if result.num_benign:
+        metrics["drill/false_alarm.rate"] = result.num_blocked / result.num_benign
+    metrics |= {f"drill/{layer}_s": took for layer, took in result.seconds_by_layer.items()}
+    _log(mlflow, client, run_id, params={"model": result.source},
+         metrics=[(key, float(value), 0) for key, value in metrics.items()])  # fmt: skip
+    client.log_artifact(run_id, str(path))
+    client.log_text(run_id, table, "drill.md")
+    client.set_terminated(run_id)
+    return Recorded(tracking_uri=uri, experiment=name, run_id=run_id, variant_run_ids={})
+
+
+def _experiment(client: Any, name: str, *, uri: str, runs: Path) -> str:
+    """The id of an experiment, made where there is none."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    location = (runs.resolve() / "artifacts").as_uri() if uri == embedded_uri(runs) else None
+    return str(client.create_experiment(name, artifact_location=location))
+
+
 def _record_variant(
     mlflow: Any,
     client: Any,
@@ -233,7 +279,7 @@ def _record_variant(
     if measured is not None:
         for measurement in measured.measurements.values():
             metrics += [(name, value, 0) for name, value in metrics_of(measurement)]
-    metrics += _block_metrics(release, decision.variant, is_champion=is_champion)
+    metrics += block_metrics(release, decision.variant, is_champion=is_champion)
     _log(mlflow, client, run_id, params=params, metrics=metrics)
     client.log_table(run_id, _table(decision), "gates.json")
     client.log_text(run_id, "\n".join(v.line() for v in decision.verdicts) + "\n", "verdicts.txt")
@@ -242,55 +288,6 @@ def _record_variant(
         client.log_artifacts(run_id, str(folder), "items")
     client.set_terminated(run_id)
     return run_id
-
-
-def metrics_of(measurement: Measurement) -> list[tuple[str, float]]:
-    """What a chart can show of a measurement; nothing for one that is missing."""
-    name = measurement.metric
-    match measurement:
-        case Missing():
-            return []
-        case Scalar():
-            return [(name, measurement.value)]
-        case Binomial():
-            return [(name, measurement.events / measurement.trials)]
-        case PairedBinary():
-            right = measurement.both + measurement.candidate_only
-            drop = measurement.reference_only - measurement.candidate_only
-            return [(name, right / measurement.n), (f"{name}.drop", drop / measurement.n)]
-        case Clustered():
-            mean = sum(measurement.totals) / sum(measurement.counts)
-            if measurement.transform == "exp":
-                return [(name, math.exp(mean))]
-            return [(f"{name}.change" if measurement.paired else name, mean)]
-        case ClusteredRatio():
-            return [(name, sum(measurement.candidate) / sum(measurement.baseline))]
-        case PairedBlocks():
-            pairs = zip(measurement.champion, measurement.candidate, strict=True)
-            logs = [math.log(candidate / champion) for champion, candidate in pairs]
-            return [(name, math.exp(sum(logs) / len(logs)))]
-        case Latencies():
-            value = percentile(measurement.values, 95.0, num_infinite=measurement.failed)
-            return [] if value is None else [(name, value)]
-
-
-def _block_metrics(
-    release: ReleaseFolder, variant: str, *, is_champion: bool
-) -> list[tuple[str, float, int]]:
-    """Throughput and p95 of each block, with the block as the step."""
-    found = find_arm(release.load, variant, is_champion=is_champion)
-    if found is None:
-        return []
-    num_blocks = 0
-    while block_path(found.group, found.arm, num_blocks).is_file():
-        num_blocks += 1
-    load: ArmLoad = read_arm(found.group, found.arm, num_blocks)
-    rates = load.output_tok_per_s()
-    metrics = [("blocks/output_tok_per_s", value, step) for step, value in enumerate(rates)]
-    p95s = load.e2e_p95_ms()
-    return metrics + [
-        ("blocks/e2e_ms.p95", value, step) for step, value in enumerate(p95s) if value is not None
-    ]
 
 
 def _table(decision: Decision) -> dict[str, list[Any]]:

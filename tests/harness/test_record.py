@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pytest
 
+from quantgate.drill.results import Caught, DrillResult, DrillRow, write_drill
+from quantgate.machine import describe_machine
 from quantgate.measure import (
     Binomial,
     Clustered,
@@ -18,7 +21,8 @@ from quantgate.measure import (
     PairedBlocks,
     Scalar,
 )
-from quantgate.record import embedded_uri, metrics_of, record_release
+from quantgate.record import embedded_uri, record_drill, record_release
+from quantgate.recorded_metrics import metrics_of
 from quantgate.release import ReleaseResult
 from quantgate.release_folder import JUDGED, RECORDED, releases
 
@@ -170,3 +174,33 @@ def test_a_chart_shows_a_number_only_where_there_is_one(
     measurement: Any, expected: dict[str, float]
 ) -> None:
     assert dict(metrics_of(measurement)) == pytest.approx(expected)
+
+
+def test_a_drill_is_one_run_with_its_score_and_its_table(tmp_path: Path) -> None:
+    rows = tuple(
+        DrillRow(
+            fault=fault, what="w", variant="bf16", is_harmful=outcome is not Caught.PASSED,
+            outcome=outcome, layer="", gates=(), verdict="", effect="", seconds=1.0,
+        )
+        for fault, outcome in (
+            ("one", Caught.CAUGHT), ("two", Caught.LET_THROUGH), ("same", Caught.PASSED)
+        )
+    )  # fmt: skip
+    result = DrillResult(
+        policy="p", policy_sha256="0", source="order-desk", source_sha256="1",
+        machine=describe_machine(), taken_at="2026-11-24T10:00:00", seconds=9.0,
+        seconds_by_layer={"audit": 5.0}, rows=rows, blind_gates={}, not_applicable={}, advice={},
+    )  # fmt: skip
+    path = tmp_path / "drill-p-1" / "drill.json"
+    write_drill(path, result)
+    recorded = record_drill(path, result)
+    run = mlflow.MlflowClient(tracking_uri=recorded.tracking_uri).get_run(recorded.run_id)
+    assert recorded.experiment == "order-desk/gate-drills"
+    assert run.data.metrics["drill/mutation_score.rate"] == 0.5
+    assert run.data.metrics["drill/false_alarm.rate"] == 0.0
+    assert run.data.metrics["drill/audit_s"] == 5.0
+    assert run.data.tags["drill"] == "not clean"
+    assert run.info.status == "FINISHED"
+    artifacts = tmp_path / "artifacts" / recorded.run_id / "artifacts"
+    assert (artifacts / "drill.json").read_bytes() == path.read_bytes()
+    assert "| `two` |" in (artifacts / "drill.md").read_text(encoding="utf-8")

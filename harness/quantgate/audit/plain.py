@@ -1,9 +1,9 @@
 """Weights that are not quantized: casts, and what a scheme leaves as it is.
 
-A cast is measured against rounding to BF16. In a quantized variant the matrices left alone
-(embeddings, the output head) are measured against rounding each row to 8 bits, which is harmless
-there: an INT8 embedding changed the KL of a healthy INT4 variant by less than 1 %, an INT4 one by
-30 %.
+They are measured against rounding to BF16, which is what every scheme stores them in. In a 4-bit
+variant the matrices left alone (embeddings, the output head) are measured against rounding each row
+to 8 bits, which is harmless there: on the demo model an INT8 embedding adds 1 to 2 % of the KL that
+rounding the weights to 4 bits causes. Of what LLM.int8() causes it adds 56 %.
 """
 
 from __future__ import annotations

@@ -31,7 +31,11 @@ METRICS = (
     "audit/file_difference.count",
     "audit/vocabulary_difference.count",
 )
-CALIBRATED_METRICS = ("audit/rounded_module.count", "audit/calibration_tokens.count")
+CALIBRATED_METRICS = (
+    "audit/rounded_module.count",
+    "audit/calibration_tokens.count",
+    "audit/calibration_surprise.ratio",
+)
 """Measured for schemes that calibrate."""
 
 ROUNDED_SHARE = 0.9995
@@ -83,6 +87,9 @@ class AuditReport:
     is_calibrated: bool
     calibration_tokens: int | None
     """None where the artifact does not say what it was calibrated on."""
+    calibration_surprise: float | None
+    """The source's surprise at the calibration text over that at the same tokens in random order;
+    None where the artifact does not say."""
     weights: tuple[WeightAudit, ...]
     bits_per_weight: float | None
     """Over all weights that the scheme should quantize; None where there is none."""
@@ -154,7 +161,11 @@ def reduce_audit(report: AuditReport, *, source: str) -> list[Measurement]:
         ),
     ]
     if report.is_calibrated:
-        measured += [_rounded(weights, source), _calibration(report, source)]
+        measured += [
+            _rounded(weights, source),
+            _calibration(report, source),
+            _surprise(report, source),
+        ]
     return measured
 
 
@@ -234,6 +245,16 @@ def _calibration(report: AuditReport, source: str) -> Measurement:
         reason = "the artifact does not say what it was calibrated on"
         return Missing(metric=metric, reason=reason, source=source)
     return Scalar(metric=metric, value=report.calibration_tokens, unit="count", n=1, source=source)
+
+
+def _surprise(report: AuditReport, source: str) -> Measurement:
+    metric = "audit/calibration_surprise.ratio"
+    if report.calibration_surprise is None:
+        reason = (
+            "the artifact does not say how its source reads the calibration text; build it again"
+        )
+        return Missing(metric=metric, reason=reason, source=source)
+    return Scalar(metric=metric, value=report.calibration_surprise, unit="x", n=1, source=source)
 
 
 _NO_WEIGHTS = "no weight could be compared"

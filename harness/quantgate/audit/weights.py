@@ -27,6 +27,8 @@ _WAYS = {
     "int8": ("SCB", llm_int8.PARTS),
 }
 """How a quantized weight is stored: the tensor that shows it, and all that belong to it."""
+_TOLERATES_INT8 = ("int4-nf4", "int4-gptq")
+"""Schemes in which 8 bits for what is not quantized add nothing that shows beside 4."""
 
 
 def audit_artifact(
@@ -49,6 +51,7 @@ def audit_artifact(
             outline=outline,
             declaration=declaration,
             is_quantizing=manifest.scheme != "bf16",
+            tolerates_int8=manifest.scheme in _TOLERATES_INT8,
             is_calibrated=manifest.scheme in CALIBRATED_SCHEMES,
         )
         weights.compare_all()
@@ -63,6 +66,7 @@ def audit_artifact(
         source_sha256=source.sha256,
         is_calibrated=manifest.scheme in CALIBRATED_SCHEMES,
         calibration_tokens=manifest.calibration.num_tokens if manifest.calibration else None,
+        calibration_surprise=manifest.notes.get("calibration_surprise"),
         weights=tuple(weights.audits),
         bits_per_weight=weights.bits_per_weight,
         coverage=tuple(weights.coverage),
@@ -86,6 +90,7 @@ class _Weights:
         outline: ModelOutline,
         declaration: Declaration,
         is_quantizing: bool,
+        tolerates_int8: bool,
         is_calibrated: bool,
     ) -> None:
         self.audits: list[WeightAudit] = []
@@ -96,6 +101,7 @@ class _Weights:
         self._outline = outline
         self._declaration = declaration
         self._is_quantizing = is_quantizing
+        self._tolerates_int8 = tolerates_int8
         self._is_calibrated = is_calibrated
         self._eligible = eligible_modules(outline, source)
         self._num_bits = 0
@@ -156,7 +162,7 @@ class _Weights:
 
     def _open(self, name: str, module: str, how: str, shape: tuple[int, ...]) -> StoredWeight:
         if how == "plain":
-            return plain.read_weight(self._stored, name, shape, tolerates_int8=self._is_quantizing)
+            return plain.read_weight(self._stored, name, shape, tolerates_int8=self._tolerates_int8)
         if len(shape) != 2:
             raise CannotDequantize(f"is quantized, and the source's has shape {shape}")
         matrix = (shape[0], shape[1])

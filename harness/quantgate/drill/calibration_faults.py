@@ -11,7 +11,9 @@ from quantgate.variants.calibration import CalibrationSet
 _TOKENS = (
     "{id: calibration-size, metric: audit/calibration_tokens.count, test: limit, min: 8000 count}"
 )
-_KL = "{id: kl, metric: quality/kl_nats.mean, test: mean, max: …}  # below this fault's KL"
+_SURPRISE = (
+    "{id: calibration-text, metric: audit/calibration_surprise.ratio, test: limit, max: 0.9 x}"
+)
 
 
 def calibration_faults() -> list[AnyFault]:
@@ -30,9 +32,7 @@ def calibration_faults() -> list[AnyFault]:
         ),
         CalibrationFault(
             name="calibration-random", what="calibrated on random tokens", schemes=GPTQ,
-            expected="distribution", change=_random_tokens, advice=_KL,
-            why_invisible="random text leaves weights of the same error as good text; where GPTQ "
-            "gains little over rounding, its KL is within the healthy range",
+            expected="audit", change=_random_tokens, advice=_SURPRISE,
         ),
         GroupSizeFault(
             name="group-size-not-dividing", what="a group size that divides no width",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantgate.audit.checkpoint import Checkpoint
 from quantgate.drill.artifact import MutableArtifact, NotApplicable
-from quantgate.drill.fault import EVERY, QUANTIZED, ArtifactFault, damage
+from quantgate.drill.fault import EVERY, INT8, QUANTIZED, ArtifactFault, damage
 from quantgate.drill.packing import pack_gptq, pack_int8, pack_nf4
 from quantgate.files import read_json
 
@@ -26,6 +26,8 @@ def coverage_faults() -> list[ArtifactFault]:
                _quantize_head, _COVERAGE),
         damage("embedding-int4", "embeddings (and a tied head) rounded to 4 bits", EVERY,
                _round_embedding(15), _WEIGHTS),
+        damage("embedding-int8", "embeddings (and a tied head) rounded to 8 bits",
+               ("bf16", "int8-gptq", *INT8), _round_embedding(254), _WEIGHTS),
         damage("not-quantized", "the source's weights under the scheme's name", QUANTIZED,
                _do_not_quantize, _COVERAGE),
         damage("partly-quantized", "one module skipped in silence", QUANTIZED,

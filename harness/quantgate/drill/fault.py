@@ -13,6 +13,7 @@ from quantgate.variants.calibration import CalibrationSet
 GPTQ = ("int8-gptq", "int4-gptq")
 NF4 = ("int4-nf4",)
 INT8 = ("int8-bnb",)
+INT4 = ("int4-gptq", "int4-nf4")
 QUANTIZED = (*GPTQ, *NF4, *INT8)
 EVERY = ("bf16", *QUANTIZED)
 
@@ -25,7 +26,7 @@ class Fault:
     what: str
     schemes: tuple[str, ...]
     expected: str
-    """The layer that should notice first."""
+    """The layer that should notice first; "none" for a harmless change."""
     advice: str = ""
     """A gate that notices it, to add to a policy that lets it through."""
     is_harmful: bool = True
@@ -62,7 +63,7 @@ class SwappedFault(Fault):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoldenFault(Fault):
-    """A change to a copy of a golden set's folder, under its old lock."""
+    """A change to copies of the golden sets' folders, under their old locks."""
 
     plant: Callable[[Path], None]
 

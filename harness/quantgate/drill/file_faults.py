@@ -19,13 +19,15 @@ _CONFIG = "{id: config, metric: audit/config_difference.count, test: limit, max:
 def file_faults() -> list[AnyFault]:
     return [
         _fault("template-dropped", "the chat template is missing", _drop_template, _FILES),
+        _fault("bos-dropped", "the chat template no longer begins with the first token", _drop_bos,
+               _FILES),
         _fault("eos-changed", "another end token in generation_config.json",
                lambda a: a.edit_json("generation_config.json", eos_token_id=0), _FILES),
         _fault("temperature-changed", "generation_config.json samples at temperature 0.7",
                lambda a: a.edit_json("generation_config.json", temperature=0.7, do_sample=True),
                _FILES),
-        _fault("padding-left", "the tokenizer left on the padding side of calibration",
-               lambda a: a.edit_json("tokenizer_config.json", padding_side="left"), _FILES),
+        _fault("padding-side", "the tokenizer left on the other padding side, as calibration may",
+               _flip_padding, _FILES),
         _fault("tokenizer-swapped", "two ids swapped in the tokenizer", _swap_ids, _FILES),
         _fault("rope-base-changed", "another rotary base in config.json", _change_rope, _CONFIG),
         SwappedFault(
@@ -57,6 +59,31 @@ def _drop_template(artifact: MutableArtifact) -> None:
             artifact.edit_json(name, chat_template=None)
             return
     raise NotApplicable("it has no chat template")
+
+
+def _drop_bos(artifact: MutableArtifact) -> None:
+    name = "chat_template.jinja"
+    path = artifact.folder / name
+    is_file = path.is_file()
+    template = path.read_text(encoding="utf-8") if is_file else _stored_template(artifact)
+    without = template.replace("{{ bos_token }}", "").replace("{{- bos_token }}", "")
+    if without == template:
+        raise NotApplicable("its chat template does not begin with bos_token")
+    if is_file:
+        write_text(path, without)
+    else:
+        artifact.edit_json("tokenizer_config.json", chat_template=without)
+
+
+def _stored_template(artifact: MutableArtifact) -> str:
+    path = artifact.folder / "tokenizer_config.json"
+    return str(read_json(path).get("chat_template") or "") if path.is_file() else ""
+
+
+def _flip_padding(artifact: MutableArtifact) -> None:
+    path = artifact.folder / "tokenizer_config.json"
+    side = read_json(path).get("padding_side", "right") if path.is_file() else "right"
+    artifact.edit_json(path.name, padding_side="left" if side == "right" else "right")
 
 
 def _swap_ids(artifact: MutableArtifact) -> None:

@@ -6,32 +6,35 @@ ones, so that absence is judged and not skipped.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 
 from quantgate.audit.report import missing_audit, read_report, reduce_audit
 from quantgate.audit.stage import audit_variants
-from quantgate.errors import MeasurementError
+from quantgate.errors import MeasurementError, UsageError
 from quantgate.gate import Gate
 from quantgate.measure import Measurement, Missing
 from quantgate.plan import Plan
+from quantgate.policy import SOURCE, required_gates
 from quantgate.quality.distribution import Candidate, compare_with_reference
 from quantgate.quality.distribution_results import METRICS, reduce_distribution
+from quantgate.quality.distribution_store import group_size_of
+from quantgate.quality.golden import GoldenSet
 from quantgate.quality.rendering import Renderer
 from quantgate.quality.results import missing_golden_set, reduce_golden_set
 from quantgate.quality.stage import QualityResult, ServedModel, measure_quality
 from quantgate.server_pool import ServerPool
-from quantgate.units import SERVED_NOUNS, parse_metric
+from quantgate.units import parse_metric
 from quantgate.variants.build import Variant
-from quantgate.variants.scheme import CALIBRATED_SCHEMES, DEFAULT_GROUP_SIZE
+from quantgate.variants.scheme import CALIBRATED_SCHEMES
+from quantgate.verdict import Verdict, judge
 
 AUDIT, DISTRIBUTION, BEHAVIOUR = "audit", "distribution", "behaviour"
 LAYERS = (AUDIT, DISTRIBUTION, BEHAVIOUR)
+_DISTRIBUTION_NOUNS = {metric.split(".")[0] for metric in METRICS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,18 +46,13 @@ class Measured:
 
 
 def layer_of(gate: Gate) -> str | None:
-    """The layer that measures a gate's metric; None for speed, memory, stability, served = offline.
-
-    A fault of the drill is planted into the server and into offline scoring alike.
-    """
+    """The layer that measures a gate's metric; None for what the drill does not measure."""
     name = parse_metric(gate.metric)
-    if name.stem in SERVED_NOUNS:
-        return None
     if name.section == "audit":
         return AUDIT
     if name.is_golden_set:
         return BEHAVIOUR
-    return DISTRIBUTION if name.section == "quality" else None
+    return DISTRIBUTION if gate.metric.split(".")[0] in _DISTRIBUTION_NOUNS else None
 
 
 def audit_layer(
@@ -84,70 +82,94 @@ def distribution_layer(
     models: Mapping[str, Variant],
     *,
     reference: Path,
-    folder: Path,
+    out: Mapping[str, Path],
+    log: Path,
     on_done: Callable[[str], None],
 ) -> dict[str, Measured]:
-    """One child process for all models, which loads the reference once; nothing without a set."""
-    if not models or plan.documents is None or plan.policy.distribution is None:
-        return {}
+    """A child process for every model that is scored at a time; each loads the reference once.
+
+    Args:
+        out: the parquet of each model; one that is there already is not computed again.
+        log: the folder of the processes' logs.
+    """
+    if plan.documents is None or plan.policy.distribution is None:
+        raise UsageError("distribution gates need documents: name a golden set in the policy.")
     max_tokens = plan.policy.distribution.max_tokens
     rendered = Renderer(reference).render(plan.documents)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {key: folder / f"{index}.parquet" for index, key in enumerate(models)}
-    clock = _Clock()
+    documents = [document for document in rendered if min(len(document.ids), max_tokens) >= 2]
+    seconds: dict[str, float] = {}
 
-    def done(key: str) -> None:
-        clock.lap(key)
-        on_done(key)
+    def score(batch: Mapping[str, Candidate], number: int) -> dict[str, str]:
+        clock = _Clock(seconds)
 
-    failures = compare_with_reference(
-        reference,
-        {key: _candidate(plan, variant) for key, variant in models.items()},
-        [document for document in rendered if min(len(document.ids), max_tokens) >= 2],
-        out=paths,
-        log=folder / "distribution.log",
-        device=plan.device,
-        dtype=plan.dtype,
-        threads=plan.server.threads,
-        max_tokens=max_tokens,
-        max_context=plan.server.max_context,
-        on_done=done,
-    )
+        def done(key: str) -> None:
+            clock.lap(key)
+            on_done(key)
+
+        return compare_with_reference(
+            reference,
+            batch,
+            documents,
+            out=out,
+            log=log / f"distribution-{number}.log",
+            device=plan.device,
+            dtype=plan.dtype,
+            threads=plan.server.threads,
+            max_tokens=max_tokens,
+            max_context=plan.server.max_context,
+            on_done=done,
+        )
+
+    wanted = {}
+    for key, variant in models.items():
+        if out[key].is_file():
+            on_done(key)
+        else:
+            wanted[key] = _candidate(plan, variant)
+    # Those of one scheme share their healthy twin, so they stay together as far as it goes.
+    ordered = sorted(wanted, key=lambda key: (wanted[key].scheme, wanted[key].group_size))
+    share = -(-len(ordered) // plan.models_together) or 1
+    batches = [ordered[start : start + share] for start in range(0, len(ordered), share)]
+    with ThreadPoolExecutor(max_workers=plan.models_together) as pool:
+        found = pool.map(
+            score, [{key: wanted[key] for key in batch} for batch in batches], range(len(batches))
+        )
+        failures = {key: why for one in found for key, why in one.items()}
     measured = {}
-    for key, path in paths.items():
+    for key in models:
         if key in failures:
             reason = "the model cannot be scored: " + failures[key].splitlines()[-1].strip()
-            found: Sequence[Measurement] = [Missing(metric=m, reason=reason) for m in METRICS]
+            values: Sequence[Measurement] = [Missing(metric=m, reason=reason) for m in METRICS]
         else:
-            found = reduce_distribution(path, source=path.name)
-        measured[key] = Measured(measurements=found, seconds=clock.laps.get(key, 0.0))
+            values = reduce_distribution(out[key], source=out[key].name)
+        measured[key] = Measured(measurements=values, seconds=seconds.get(key, 0.0))
     return measured
 
 
 def _candidate(plan: Plan, variant: Variant) -> Candidate:
-    spec = plan.policy.variants[variant.name]
     return Candidate(
         folder=variant.folder,
-        scheme=spec.scheme,
-        group_size=spec.group_size or DEFAULT_GROUP_SIZE,
+        scheme=plan.policy.variants[variant.name].scheme,
+        group_size=group_size_of(plan, variant.name),
     )
 
 
 def ask(
     plan: Plan,
     model: ServedModel,
+    sets: Sequence[GoldenSet],
     *,
     store: Path,
     log: Path,
     options: Mapping[str, int],
     on_answers: Callable[[int], None],
 ) -> QualityResult:
-    """Serves one model on its own and asks it every golden set."""
+    """Serves one model on its own and asks it golden sets."""
     server = replace(plan.server, **options)  # type: ignore[arg-type]
     with ServerPool(server, keeps_running=False) as servers:
         return measure_quality(
             model,
-            plan.golden_sets,
+            sets,
             store=store,
             log=log,
             servers=servers,
@@ -157,11 +179,11 @@ def ask(
 
 
 def reduce_behaviour(
-    plan: Plan, reference: QualityResult, candidate: QualityResult
+    sets: Sequence[GoldenSet], reference: QualityResult, candidate: QualityResult
 ) -> list[Measurement]:
     """Pairs a model's answers with the reference's, set by set."""
     measured: list[Measurement] = []
-    for golden in plan.golden_sets:
+    for golden in sets:
         name = golden.name
         reason = reference.missing.get(name) or candidate.missing.get(name)
         if reason:
@@ -176,32 +198,25 @@ def reduce_behaviour(
     return measured
 
 
-@contextmanager
-def planted(fault: str | None, folder: Path) -> Iterator[None]:
-    """Processes started inside the block have a fault planted in the model of `folder`."""
-    if fault is None:
-        yield
-        return
-    before = dict(os.environ)
-    site = str(resources.files("quantgate") / "drill" / "planted")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (site, before.get("PYTHONPATH"))))
-    os.environ["QUANTGATE_DRILL_FAULT"] = fault
-    os.environ["QUANTGATE_DRILL_FOLDER"] = str(folder.resolve())
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+def judge_layer(plan: Plan, layer: str, variant: str, measured: Measured) -> list[Verdict]:
+    """What the policy's gates of one layer say; a metric that is not there is judged as missing."""
+    by_metric = {m.metric: m for m in measured.measurements}
+    baseline = SOURCE if layer == AUDIT else plan.policy.reference
+    return [
+        judge(gate, by_metric.get(gate.metric), variant=variant, baseline=baseline)
+        for gate in required_gates(plan.policy, variant)
+        if layer_of(gate) == layer
+    ]
 
 
 class _Clock:
     """Seconds from one mark to the next, by name."""
 
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
+    def __init__(self, laps: dict[str, float]) -> None:
+        self._laps = laps
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.laps[name] = now - self._last
+        self._laps[name] = now - self._last
         self._last = now

@@ -19,7 +19,7 @@ from quantgate.drill.fault import (
 from quantgate.errors import ArtifactError, GoldenSetError, MeasurementError, UsageError
 from quantgate.plan import Plan
 from quantgate.preflight import check_variants
-from quantgate.quality.golden import load_golden_set
+from quantgate.quality.golden import GoldenSet, load_golden_set
 from quantgate.quality.lock import changes_since_lock, read_lock
 from quantgate.quality.rendering import Renderer
 from quantgate.release_folder import store_of
@@ -40,6 +40,8 @@ class Planted:
     """A damaged variant, in the name of the sound one."""
 
     variant: Variant
+    golden_sets: tuple[GoldenSet, ...] = ()
+    """What it is asked in place of the policy's golden sets; empty for those themselves."""
 
 
 def plant(fault: AnyFault, sound: Variant, plan: Plan, *, folder: Path) -> Planted:
@@ -62,7 +64,7 @@ def plant(fault: AnyFault, sound: Variant, plan: Plan, *, folder: Path) -> Plant
             artifact = MutableArtifact(sound, folder, plan.source)
             return Planted(variant=artifact.variant())
         case GoldenFault():
-            return _edited_golden_set(fault, sound, plan, folder)
+            return _edited_golden_sets(fault, sound, plan, folder)
         case CalibrationFault():
             return _calibrated_otherwise(fault, sound, plan)
         case GroupSizeFault():
@@ -89,22 +91,25 @@ def _swapped(fault: SwappedFault, sound: Variant, plan: Plan, folder: Path) -> P
     return Planted(variant=variant)
 
 
-def _edited_golden_set(fault: GoldenFault, sound: Variant, plan: Plan, folder: Path) -> Planted:
+def _edited_golden_sets(fault: GoldenFault, sound: Variant, plan: Plan, folder: Path) -> Planted:
     if not plan.golden_sets:
         raise NotApplicable("the policy names no golden set")
-    copy = folder / plan.golden_sets[0].name
-    shutil.copytree(plan.golden_sets[0].folder, copy)
-    fault.plant(copy)
     renderer = Renderer(sound.folder)
-    try:
-        golden = load_golden_set(copy)
-        rendered = renderer.describe(golden, renderer.render(golden))
-        changes = changes_since_lock(golden, rendered, read_lock(copy))
-    except GoldenSetError as error:
-        raise Refused("lock", str(error)) from error
-    if changes:
-        raise Refused("lock", f"{golden.name} differs from its lock in {', '.join(changes)}")
-    return Planted(variant=sound)
+    edited = []
+    for original in plan.golden_sets:
+        copy = folder / original.name
+        shutil.copytree(original.folder, copy)
+        fault.plant(copy)
+        try:
+            golden = load_golden_set(copy)
+            rendered = renderer.describe(golden, renderer.render(golden))
+            changes = changes_since_lock(golden, rendered, read_lock(copy))
+        except GoldenSetError as error:
+            raise Refused("lock", str(error)) from error
+        if changes:
+            raise Refused("lock", f"{golden.name} differs from its lock in {', '.join(changes)}")
+        edited.append(golden)
+    return Planted(variant=sound, golden_sets=tuple(edited))
 
 
 def _calibrated_otherwise(fault: CalibrationFault, sound: Variant, plan: Plan) -> Planted:

@@ -24,8 +24,6 @@ class Caught(StrEnum):
     """A harmless change that no gate minded."""
     BLOCKED = "BLOCKED"
     """A harmless change that a gate minded: a false alarm."""
-    NOT_JUDGED = "NOT JUDGED"
-    """The layer that should see it could not be run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +52,13 @@ class DrillResult:
 
     policy: str
     policy_sha256: str
+    source: str
     source_sha256: str
     machine: Mapping[str, Any]
     taken_at: str
     seconds: float
+    seconds_by_layer: Mapping[str, float]
+    """What building, planting and each layer took."""
     rows: tuple[DrillRow, ...]
     blind_gates: Mapping[str, tuple[str, ...]]
     """By variant: gates that do not pass on the sound variant, and so can catch nothing."""
@@ -69,33 +70,27 @@ class DrillResult:
     @property
     def num_harmful(self) -> int:
         """Harmful faults that had an effect to be seen."""
-        return len(self._having(Caught.CAUGHT, Caught.LET_THROUGH, Caught.NOT_JUDGED))
+        return self.num_caught + self.count(Caught.LET_THROUGH)
 
     @property
     def num_caught(self) -> int:
-        return len(self._having(Caught.CAUGHT))
+        return self.count(Caught.CAUGHT)
 
     @property
     def num_benign(self) -> int:
-        return sum(not row.is_harmful for row in self.rows)
+        return self.count(Caught.PASSED) + self.num_blocked
 
     @property
     def num_blocked(self) -> int:
-        return len(self._having(Caught.BLOCKED))
+        return self.count(Caught.BLOCKED)
 
     @property
     def is_clean(self) -> bool:
-        """Every harmful fault caught, no harmless change blocked, and both kinds were tried."""
-        bad = (Caught.LET_THROUGH, Caught.BLOCKED, Caught.NOT_JUDGED)
-        return bool(self.rows) and self.num_caught > 0 and not self._having(*bad)
+        """Some fault was caught, none let through, and no harmless change blocked."""
+        return self.num_caught == self.num_harmful > 0 and not self.num_blocked
 
-    def _having(self, *outcomes: Caught) -> list[DrillRow]:
-        harmful = (Caught.CAUGHT, Caught.LET_THROUGH, Caught.NO_EFFECT)
-        return [
-            row
-            for row in self.rows
-            if row.outcome in outcomes and (row.is_harmful or row.outcome not in harmful)
-        ]
+    def count(self, outcome: Caught) -> int:
+        return len(by_outcome(self.rows, outcome))
 
 
 def write_drill(path: Path, result: DrillResult) -> None:

@@ -57,7 +57,9 @@ def weight_faults() -> list[ArtifactFault]:
         damage("wrong-group-size", "groups declared half as long as they are packed", GPTQ,
                _halve_groups, _FORMAT),
         damage("g-idx-dropped", "activation order used in packing and forgotten", GPTQ,
-               _drop_order, _WEIGHTS),
+               _drop_order(None), _WEIGHTS),
+        damage("g-idx-dropped-one", "one module's activation order forgotten", GPTQ,
+               _drop_order("up_proj"), _WEIGHTS),
         damage("nibbles-swapped", "the two codes of each byte in the other order",
                ("int4-gptq", "int4-nf4"), _swap_nibbles, _WEIGHTS),
         damage("constant-codes", "a module packed to one constant", QUANTIZED, _constant_codes,
@@ -148,15 +150,18 @@ def _halve_groups(artifact: MutableArtifact) -> None:
     artifact.configure(group_size=num_in // len(scales) // 2)
 
 
-def _drop_order(artifact: MutableArtifact) -> None:
-    for module in artifact.modules():
-        weight = artifact.source_weight(module)
-        size = weight.shape[1] // len(artifact.parts(module)["scales"])
-        shuffled = group_of_shuffled(weight.shape[1], size)
-        packed = pack_gptq(weight, bits=_bits(artifact), group_size=size, group_of=shuffled)
-        packed["g_idx"] = (torch.arange(weight.shape[1]) // size).int()
-        artifact.write_parts(module, packed)
-    artifact.configure(desc_act=True)
+def _drop_order(end: str | None) -> Callable[[MutableArtifact], None]:
+    def plant(artifact: MutableArtifact) -> None:
+        for module in artifact.modules() if end is None else [artifact.module(end)]:
+            weight = artifact.source_weight(module)
+            size = weight.shape[1] // len(artifact.parts(module)["scales"])
+            shuffled = group_of_shuffled(weight.shape[1], size)
+            packed = pack_gptq(weight, bits=_bits(artifact), group_size=size, group_of=shuffled)
+            packed["g_idx"] = (torch.arange(weight.shape[1]) // size).int()
+            artifact.write_parts(module, packed)
+        artifact.configure(desc_act=True)
+
+    return plant
 
 
 def _swap_nibbles(artifact: MutableArtifact) -> None:

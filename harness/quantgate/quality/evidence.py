@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantgate.errors import MeasurementError, UsageError
-from quantgate.files import sha256_of_json, write_bytes
+from quantgate.files import write_bytes
 from quantgate.measure import Measurement, Missing
 from quantgate.plan import Plan
 from quantgate.policy import SOURCE
@@ -20,16 +20,15 @@ from quantgate.progress import Progress
 from quantgate.quality import distribution_results, noise_floor, served
 from quantgate.quality.completions import FULL_BATCHES, Batching
 from quantgate.quality.distribution import Candidate, compare_with_reference
+from quantgate.quality.distribution_store import distribution_paths, group_size_of
 from quantgate.quality.noise_floor import OTHER_BATCHES, Rerun
 from quantgate.quality.rendering import RenderedPrompt, Renderer
 from quantgate.quality.results import metrics_of
-from quantgate.quality.stage import QualityResult, ServedModel, engine_sha256, measure_quality
-from quantgate.quality.teacher import teacher_sha256
+from quantgate.quality.stage import QualityResult, ServedModel, measure_quality
 from quantgate.release_folder import ReleaseFolder, store_of
 from quantgate.resolution import NoiseFloor
 from quantgate.server_pool import ServerPool
 from quantgate.variants.build import Variant
-from quantgate.variants.scheme import DEFAULT_GROUP_SIZE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,9 +60,7 @@ def measure_evidence(
     progress.stage("quality", work.num_steps)
     reference = work.reference
     others = [model for model in work.models if model.name != reference.name]
-    # A server with one thread leaves the other core to its neighbour.
-    together = 2 if plan.device == "cpu" and plan.server.threads == 1 else 1
-    with ThreadPoolExecutor(max_workers=together) as pool:
+    with ThreadPoolExecutor(max_workers=plan.models_together) as pool:
         asked = {reference.name: pool.submit(work.ask_reference)}
         distribution = pool.submit(work.compare_distributions)
         asked |= {model.name: pool.submit(work.ask, model) for model in others}
@@ -173,12 +170,12 @@ class _Work:
         if not self._documents:
             return {}
         plan, progress = self._plan, self._progress
-        paths = {name: self._distribution_path(name) for name in self._variants}
+        paths = distribution_paths(plan, self._variants, self._variants, store=self._store)
         wanted = {
             name: Candidate(
                 folder=variant.folder,
                 scheme=plan.policy.variants[name].scheme,
-                group_size=_group_size(plan, name),
+                group_size=group_size_of(plan, name),
             )
             for name, variant in self._variants.items()
             if not paths[name].is_file()
@@ -258,24 +255,6 @@ class _Work:
     def _counting(self, name: str) -> Callable[[int], None]:
         return lambda count: self._progress.step(count, name)
 
-    def _distribution_path(self, name: str) -> Path:
-        plan, variant = self._plan, self._variants[name]
-        key = sha256_of_json(
-            {
-                "reference": self.reference.artifact_sha256,
-                "candidate": variant.manifest.artifact_sha256,
-                "items": plan.documents.items_sha256 if plan.documents else None,
-                "max_tokens": self._max_tokens,
-                "dtype": plan.dtype,
-                "device": plan.device,
-                "engine": engine_sha256(),
-                "teacher": teacher_sha256(),
-                "scheme": variant.manifest.scheme,
-                "group_size": _group_size(plan, name),
-            }
-        )
-        return self._store / f"distribution-{key[:24]}.parquet"
-
     def _render_documents(self) -> list[RenderedPrompt]:
         """Those with a token to predict."""
         if self._plan.documents is None:
@@ -285,7 +264,3 @@ class _Work:
         if not usable:
             raise UsageError("distribution: no document has two tokens, so nothing is compared.")
         return usable
-
-
-def _group_size(plan: Plan, name: str) -> int:
-    return plan.policy.variants[name].group_size or DEFAULT_GROUP_SIZE

@@ -119,11 +119,9 @@ def reduce_golden_set(
     """Pairs two variants' results item by item: over all items, and over those with each tag.
 
     Raises:
-        MeasurementError: the two files do not hold the same items.
+        MeasurementError: a file does not hold the set's items.
     """
-    ours, theirs = pq.read_table(candidate), pq.read_table(reference)
-    if ours["id"].to_pylist() != theirs["id"].to_pylist():
-        raise MeasurementError(f"{candidate}: not the same items as {reference}.")
+    ours, theirs = _read_rows(candidate, golden), _read_rows(reference, golden)
     num_failed = len(theirs) - theirs["error"].null_count
     if num_failed:
         reason = (
@@ -138,6 +136,17 @@ def reduce_golden_set(
     if golden.task.output_type == "generate_until":
         measurements += pair.divergence()
     return measurements
+
+
+def _read_rows(path: Path, golden: GoldenSet) -> pa.Table:
+    """The rows in the order of the set's items: a lock allows the items in any order."""
+    table = pq.read_table(path)
+    ids = table["id"].to_pylist()
+    rows = {item_id: row for row, item_id in enumerate(ids)}
+    wanted = [item.id for item in golden.items]
+    if len(ids) != len(wanted) or rows.keys() != set(wanted):
+        raise MeasurementError(f"{path}: not the items of {golden.name}.")
+    return table.take([rows[item_id] for item_id in wanted])
 
 
 def missing_golden_set(golden: GoldenSet, reason: str) -> list[Measurement]:

@@ -1,4 +1,4 @@
-"""The drill's table: each fault, how large it was, and which gate caught it."""
+"""The drill's table: each fault, how large it was, and which gate caught it; also as Markdown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ _STYLES = {
     Caught.NO_EFFECT: "yellow",
     Caught.LET_THROUGH: "bold red",
     Caught.BLOCKED: "bold red",
-    Caught.NOT_JUDGED: "bold magenta",
 }
 
 
@@ -26,7 +25,8 @@ def drill_report(result: DrillResult, *, path: Path) -> RenderableType:
     return Group(
         drill_table(result),
         Text(),
-        _score(result),
+        Text(score(result), style="green" if result.is_clean else "red"),
+        Text(took(result)),
         *_advice(result),
         *_blind(result),
         Text(str(path)),
@@ -52,6 +52,42 @@ def drill_table(result: DrillResult) -> Table:
     return table
 
 
+def drill_markdown(result: DrillResult) -> str:
+    """The score, and a row per fault with a column per variant: what caught it, or that it passed.
+
+    Faults of one name in several schemes are one row, since they are one idea.
+    """
+    variants = list(dict.fromkeys(row.variant for row in result.rows))
+    faults: dict[tuple[bool, str], dict[str, DrillRow]] = {}
+    for row in result.rows:
+        faults.setdefault((not row.is_harmful, row.fault), {})[row.variant] = row
+    lines = [
+        score(result),
+        "",
+        f"{result.policy}, {result.taken_at[:10]}, {result.machine.get('cpu', 'unknown CPU')}; "
+        + took(result),
+        "",
+        "| fault | what it does | " + " | ".join(variants) + " |",
+        "|---|---|" + "---|" * len(variants),
+    ]
+    for (is_harmless, name), rows in sorted(faults.items(), key=lambda one: one[0][0]):
+        what = next(iter(rows.values())).what
+        title = f"*{name}* (harmless)" if is_harmless else f"`{name}`"
+        cells = (_cell(rows.get(variant)) for variant in variants)
+        lines.append(f"| {title} | {what} | " + " | ".join(cells) + " |")
+    notes = [f"- {line.plain}" for line in (*_advice(result), *_blind(result))]
+    return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n"
+
+
+def _cell(row: DrillRow | None) -> str:
+    if row is None:
+        return "–"
+    if row.outcome is not Caught.CAUGHT:
+        loud = row.outcome in (Caught.LET_THROUGH, Caught.BLOCKED)
+        return f"**{row.outcome.value}**" if loud else row.outcome.value
+    return caught_by(row)
+
+
 def caught_by(row: DrillRow) -> str:
     """The layer and the first gate, and how many more."""
     if not row.gates:
@@ -60,15 +96,20 @@ def caught_by(row: DrillRow) -> str:
     return f"{row.layer}: {row.gates[0]}{more}"
 
 
-def _score(result: DrillResult) -> Text:
-    unseen = len(by_outcome(result.rows, Caught.NO_EFFECT))
+def score(result: DrillResult) -> str:
+    """The two numbers of a drill, in a sentence."""
+    unseen = result.count(Caught.NO_EFFECT)
     text = (
         f"mutation score {result.num_caught}/{result.num_harmful} harmful faults caught, "
         f"false alarms {result.num_blocked}/{result.num_benign} harmless changes blocked"
     )
-    if unseen:
-        text += f", {unseen} without an effect that could be seen"
-    return Text(f"{text}  ({result.seconds:.0f} s)", style="green" if result.is_clean else "red")
+    return f"{text}, {unseen} without an effect that could be seen" if unseen else text
+
+
+def took(result: DrillResult) -> str:
+    """How long it took, layer by layer."""
+    parts = ", ".join(f"{name} {value:.0f}" for name, value in result.seconds_by_layer.items())
+    return f"{result.seconds:.0f} s ({parts})"
 
 
 def _advice(result: DrillResult) -> list[Text]:

@@ -19,6 +19,7 @@ from quantgate.variants.scheme import (
     copy_sidecars,
 )
 from quantgate.variants.source import SourceModel
+from quantgate.variants.surprise import surprise_ratio
 
 _BITS = {"int4-gptq": 4, "int8-gptq": 8}
 # Symmetric AutoGPTQ v1 files store zero - 1 in every nibble or byte.
@@ -59,6 +60,8 @@ def build(source: SourceModel, out: Path, request: BuildRequest) -> BuildNotes:
     model = GPTQModel.load(
         str(source.folder), config, device=request.device, dtype=dtype, trust_remote_code=False
     )
+    # Before it is quantized, since it is the source's reading that counts.
+    surprise = surprise_ratio(model.model, request.calibration_ids)
     calibration = [
         {"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in request.calibration_ids
     ]
@@ -75,6 +78,7 @@ def build(source: SourceModel, out: Path, request: BuildRequest) -> BuildNotes:
             "group_size": group_size,
             "worst_module": worst,
             "worst_module_loss": losses[worst],
+            "calibration_surprise": surprise,
         }
     )
 

@@ -77,6 +77,7 @@ class Artifact:
             calibration=Calibration(path="c", sha256="0", num_documents=9, num_tokens=900)
             if is_calibrated
             else None,
+            notes={"calibration_surprise": 0.5} if is_calibrated else {},
         )
 
     def audit(self) -> AuditReport:
@@ -110,7 +111,7 @@ def write_source(folder: Path, *, is_tied: bool) -> Path:
     raw = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(letters)}, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
-    fast.chat_template = "{{ messages[0].content }}"
+    fast.chat_template = "{{ bos_token }}{{ messages[0].content }}"
     fast.save_pretrained(folder)
     return folder
 

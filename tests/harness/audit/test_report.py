@@ -32,8 +32,8 @@ WEIGHT = WeightAudit(
 def report(**changes: Any) -> AuditReport:
     values: dict[str, Any] = {
         "scheme": "int4-gptq", "artifact_sha256": "a", "source_sha256": "s", "is_calibrated": True,
-        "calibration_tokens": 900, "weights": (WEIGHT,), "bits_per_weight": 4.5,
-        "coverage": ("x is missing", "y is missing"), "seconds": 1.5,
+        "calibration_tokens": 900, "calibration_surprise": 0.5, "weights": (WEIGHT,),
+        "bits_per_weight": 4.5, "coverage": ("x is missing", "y is missing"), "seconds": 1.5,
     }  # fmt: skip
     return AuditReport(**values | changes)
 
@@ -75,7 +75,8 @@ def test_a_scheme_without_calibration_has_no_metrics_of_it() -> None:
 def test_an_audit_of_nothing_measures_nothing() -> None:
     found = measured(weights=(), bits_per_weight=None)
     assert {m for m, one in found.items() if isinstance(one, Scalar)} == {
-        "audit/calibration_tokens.count"
+        "audit/calibration_tokens.count",
+        "audit/calibration_surprise.ratio",
     }
 
 
@@ -93,8 +94,9 @@ def test_one_weight_that_is_not_finite_leaves_no_ratio() -> None:
 
 
 def test_unknown_calibration_is_missing_not_zero() -> None:
-    one = measured(calibration_tokens=None)["audit/calibration_tokens.count"]
-    assert isinstance(one, Missing)
+    found = measured(calibration_tokens=None, calibration_surprise=None)
+    assert isinstance(found["audit/calibration_tokens.count"], Missing)
+    assert isinstance(found["audit/calibration_surprise.ratio"], Missing)
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.9994, 0), (0.9995, 1), (1.0, 1)])

@@ -19,8 +19,9 @@ def row(outcome: Caught, *, is_harmful: bool = True) -> DrillRow:
 
 def result(*rows: DrillRow) -> DrillResult:
     return DrillResult(
-        policy="p", policy_sha256="0", source_sha256="1", machine={}, taken_at="now", seconds=2.0,
-        rows=rows, blind_gates={}, not_applicable={}, advice={},
+        policy="p", policy_sha256="0", source="s", source_sha256="1", machine={}, taken_at="now",
+        seconds=2.0, seconds_by_layer={"audit": 1.0}, rows=rows, blind_gates={},
+        not_applicable={}, advice={},
     )  # fmt: skip
 
 
@@ -34,7 +35,6 @@ CAUGHT, PASSED = row(Caught.CAUGHT), row(Caught.PASSED, is_harmful=False)
         ((CAUGHT, PASSED, row(Caught.NO_EFFECT)), True, (1, 1), (0, 1)),
         ((CAUGHT, row(Caught.LET_THROUGH)), False, (1, 2), (0, 0)),
         ((CAUGHT, row(Caught.BLOCKED, is_harmful=False)), False, (1, 1), (1, 1)),
-        ((CAUGHT, row(Caught.NOT_JUDGED)), False, (1, 2), (0, 0)),
         ((PASSED,), False, (0, 0), (0, 1)),
         ((), False, (0, 0), (0, 0)),
     ],

@@ -1,44 +1,71 @@
-"""A drill from end to end on a policy with a blind spot, which it names with what to add."""
+"""Drills from end to end: each layer turns on its fault and lets its harmless twin through."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from quantgate.drill.results import Caught
+from quantgate.drill.results import Caught, DrillResult
 from quantgate.drill.runner import DrillRequest, run_drill
 from quantgate.errors import UsageError
 from quantgate.plan import ReleaseRequest
 from quantgate.policy import load_policy
 from quantgate.progress import Silent
 
+from ..conftest import write_mini_set
+
+if TYPE_CHECKING:
+    from conftest import MiniProject
+
 POLICY = """
 policy: drilled
-model: demo
+model: {model}
 device: cpu
 champion: bf16
-variants: {bf16: {scheme: bf16}}
+variants: {{bf16: {{scheme: bf16}}}}
+serving: {{max_batch_size: 8, max_batched_tokens: 256, kv_tokens: 4096, threads: 1, timeout: 60 s}}
+"""
+AUDIT = """
 gates:
   - {id: weights, metric: audit/weight_error.ratio, test: limit, max: 1.4 x}
 """
+DISTRIBUTION = """
+distribution: {golden_set: order-prose, max_tokens: 64}
+gates:
+  - {id: kl, metric: quality/kl_nats.mean, test: mean, max: 0.001 nats}
+  - {id: finite, metric: quality/non_finite.count, test: limit, max: 0 count}
+"""
+BEHAVIOUR = """
+golden_sets: [order-lookup]
+gates:
+  - {id: finished, metric: validity/order-lookup.finished, test: rate, max: 50 %}
+"""
 
 
-def request(tmp_path: Path, *faults: str) -> DrillRequest:
-    path = tmp_path / "policy.yaml"
-    path.write_text(POLICY, encoding="utf-8")
+def drill(
+    root: Path, gates: str, faults: Sequence[str], *, model: str = "demo"
+) -> tuple[DrillResult, Path]:
+    path = root / "gates" / "policies" / "drilled.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(POLICY.format(model=model) + gates, encoding="utf-8")
     release = ReleaseRequest(
-        policy=load_policy(path), runs=tmp_path / "runs", serving_config=tmp_path / "s.yaml"
+        policy=load_policy(path), runs=root / "runs", serving_config=root / "serving.yaml"
     )
-    return DrillRequest(release=release, faults=faults)
+    return run_drill(DrillRequest(release=release, faults=faults), Silent())
+
+
+def outcomes(result: DrillResult) -> dict[str, tuple[Caught, str]]:
+    return {row.fault: (row.outcome, row.layer) for row in result.rows}
 
 
 def test_a_blind_spot_is_named_with_the_gate_to_add(tmp_path: Path) -> None:
     faults = ("neighbours-weights", "eos-changed", "stale-cache", "resharded", "nibbles-swapped")
-    result, path = run_drill(request(tmp_path, *faults), Silent())
-    found = {row.fault: (row.outcome, row.layer) for row in result.rows}
-    assert found == {
+    result, path = drill(tmp_path, AUDIT, faults)
+    assert outcomes(result) == {
         "neighbours-weights": (Caught.CAUGHT, "audit"),
         "eos-changed": (Caught.LET_THROUGH, ""),
         "stale-cache": (Caught.CAUGHT, "digest"),
@@ -48,11 +75,52 @@ def test_a_blind_spot_is_named_with_the_gate_to_add(tmp_path: Path) -> None:
     assert "audit/file_difference.count" in result.advice["eos-changed"]
     assert "nibbles-swapped" in result.not_applicable
     assert json.loads(path.read_text(encoding="utf-8"))["num_caught"] == 2
+    assert result.seconds_by_layer.keys() == {"build", "plant", "audit"}
     # Mutants are as large as models: none is left behind.
     assert not (path.parent / "mutants").exists()
 
 
+def test_the_distribution_layer_sees_serving_faults_and_no_harmless_change(
+    mini_project: MiniProject,
+) -> None:
+    faults = ("nan-beyond", "padding-as-positions", "resharded", "fp16-instead")
+    result, path = drill(mini_project.root, DISTRIBUTION, faults, model="order-desk")
+    assert outcomes(result) == {
+        "nan-beyond": (Caught.CAUGHT, "distribution"),
+        "padding-as-positions": (Caught.CAUGHT, "distribution"),
+        "resharded": (Caught.PASSED, ""),
+        "fp16-instead": (Caught.PASSED, ""),
+    }
+    assert result.is_clean
+    gates = {row.fault: row.gates for row in result.rows}
+    # Where logits are not finite there is no KL, which is INVALID and not small.
+    assert gates["nan-beyond"] == ("kl", "finite")
+    assert gates["padding-as-positions"] == ("kl",)
+    # The sound variant was not scored beside the others only to be forgotten.
+    stored = sorted((path.parents[1] / "store" / "results").glob("distribution-*.parquet"))
+    before = [file.stat().st_mtime_ns for file in stored]
+    drill(mini_project.root, DISTRIBUTION, ("resharded",), model="order-desk")
+    assert stored
+    assert [file.stat().st_mtime_ns for file in stored] == before
+
+
+def test_the_behaviour_layer_sees_a_served_fault_and_no_harmless_change(
+    mini_project: MiniProject,
+) -> None:
+    # Prompts of 48 tokens and more, so that all of them reach the spoiled positions.
+    sets = mini_project.root / "golden_sets"
+    write_mini_set("order-lookup", sets, model=mini_project.root / "order-desk", num_items=8)
+    faults = ("nan-beyond", "other-batches", "items-shuffled")
+    result, _ = drill(mini_project.root, BEHAVIOUR, faults, model="order-desk")
+    assert outcomes(result) == {
+        "nan-beyond": (Caught.CAUGHT, "behaviour"),
+        "other-batches": (Caught.PASSED, ""),
+        "items-shuffled": (Caught.PASSED, ""),
+    }
+    assert result.is_clean
+
+
 def test_an_unknown_fault_is_refused_before_anything_is_built(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--faults nothing: no such fault"):
-        run_drill(request(tmp_path, "nothing"), Silent())
+        drill(tmp_path, AUDIT, ("nothing",))
     assert not (tmp_path / "runs").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,13 +158,28 @@ def test_answers_to_other_items_are_refused(golden: GoldenSet, tmp_path: Path) -
     assert list(tmp_path.glob("*.parquet")) == []
 
 
+def test_items_are_paired_by_their_id_in_whatever_order_they_were_asked(
+    golden: GoldenSet, tmp_path: Path
+) -> None:
+    backwards = dataclasses.replace(golden, items=golden.items[::-1])
+    write_results(tmp_path / "r.parquet", golden, answers(golden, ["0", "1", "x", "x"]))
+    write_results(tmp_path / "c.parquet", backwards, answers(backwards, ["x", "2", "x", "0"]))
+    for one in (golden, backwards):
+        found, *_ = reduce_golden_set(
+            one, tmp_path / "r.parquet", tmp_path / "c.parquet", source="c.parquet"
+        )
+        assert isinstance(found, PairedBinary)
+        counts = (found.both, found.reference_only, found.candidate_only, found.neither)
+        assert counts == (1, 1, 1, 1)
+
+
 def test_results_of_other_items_are_not_paired(
     golden: GoldenSet, write_set: WriteSet, tmp_path: Path
 ) -> None:
     write_results(tmp_path / "r.parquet", golden, answers(golden, ["0", "1", "2", "3"]))
     other = load_golden_set(write_set({"id": "z", "input": "q", "target": "x"}))
     write_results(tmp_path / "c.parquet", other, answers(other, ["x"]))
-    with pytest.raises(MeasurementError, match="not the same items"):
+    with pytest.raises(MeasurementError, match="not the items of small"):
         reduce_golden_set(golden, tmp_path / "r.parquet", tmp_path / "c.parquet", source="s")
 
 

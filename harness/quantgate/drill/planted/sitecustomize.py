@@ -1,14 +1,15 @@
-"""Plants a fault into every Python process that has this folder first on PYTHONPATH.
+"""Plants faults into every Python process that has this folder first on PYTHONPATH.
 
 The server, its engine and the teacher are processes of their own; Python runs `sitecustomize` in
-each of them before anything else. QUANTGATE_DRILL_FAULT names the fault, QUANTGATE_DRILL_FOLDER the
-model it is planted in: other models of the process stay sound. Hooks go on modules by their class,
-so any transformers model with rotary positions takes them.
+each of them before anything else. QUANTGATE_DRILL_PLANTED is JSON: the fault by model folder. Every
+other model of the process stays sound. Hooks go on modules by their class, so any transformers
+model with rotary positions takes them.
 """
 
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
@@ -43,33 +44,48 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 
 def _wrapped(load: Any) -> Any:
-    folder = Path(os.environ["QUANTGATE_DRILL_FOLDER"]).resolve()
+    faults = {
+        Path(folder).resolve(): fault
+        for folder, fault in json.loads(os.environ["QUANTGATE_DRILL_PLANTED"]).items()
+    }
 
     def load_and_plant(path: Any, **options: Any) -> Any:
         loaded = load(path, **options)
-        if Path(path).resolve() == folder:
-            _plant(loaded.model, os.environ["QUANTGATE_DRILL_FAULT"])
+        fault = faults.get(Path(path).resolve())
+        if fault is not None:
+            _plant(loaded.model, fault)
         return loaded
 
     return load_and_plant
 
 
 def _plant(model: Any, fault: str) -> None:
-    num_hooked = 0
-    for module in model.modules():
+    modules = list(model.modules())
+    hooked = []
+    for module in modules:
         kind = type(module).__name__
         if kind.endswith("RotaryEmbedding") and fault in _ROTARY:
             module.register_forward_hook(_ROTARY[fault], with_kwargs=True)
-            num_hooked += 1
+            hooked.append(module)
         if kind.endswith("Attention") and fault == "kv-scale":
-            for name in ("k_proj", "v_proj"):
-                getattr(module, name).register_forward_hook(_round_to_whole_numbers)
-                num_hooked += 1
+            for projection in (module.k_proj, module.v_proj):
+                projection.register_forward_hook(_round_to_whole_numbers)
+                hooked.append(projection)
     if fault == "nan-beyond":
-        last = [m for m in model.modules() if type(m).__name__.endswith("MLP")][-1]
+        last = [module for module in modules if type(module).__name__.endswith("MLP")][-1]
         last.register_forward_hook(_spoil_late_positions)
-    if not num_hooked:
+    if not hooked:
         raise RuntimeError(f"the drill found no module to plant {fault} in")
+    layers = [module for module in modules if type(module).__name__.endswith("DecoderLayer")]
+    for module in (*hooked, *layers):
+        _make_own_class(module)
+
+
+def _make_own_class(module: Any) -> None:
+    # Modules whose computation the server knows by their class are taken apart there, and hooks
+    # with them; of a class of their own, they are run as they are.
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (kind,), {})
 
 
 def _positions(args: Any, kwargs: Any) -> Any:
@@ -112,5 +128,5 @@ def _round_to_whole_numbers(module: Any, args: Any, output: Any) -> Any:
 
 _ROTARY = {"rope-bf16": _bf16_phases, "positions-padded": _padded, "nan-beyond": _note_positions}
 
-if "QUANTGATE_DRILL_FAULT" in os.environ:
+if "QUANTGATE_DRILL_PLANTED" in os.environ:
     sys.meta_path.insert(0, _AfterImport())
