@@ -168,3 +168,19 @@ def test_int8_alone_in_the_batch_serves_the_tokens_of_generate(
     run_all(make_engine(folder, max_batch_size=batch, max_batched_tokens=512), requests)
     for request in requests:
         assert request.output_ids == generate(folder, request.prompt_ids)
+
+
+def test_offline_logits_of_a_half_precision_model_are_not_rounded_to_it(
+    llama_folder: Path,
+) -> None:
+    loaded = offline.load_model(llama_folder, device="cpu", dtype="bfloat16")
+    ids = [5, 6, 7, 8]
+    found = offline.logits(loaded, ids)
+    with torch.inference_mode():
+        hidden = loaded.model.base_model(torch.tensor([ids])).last_hidden_state[0]
+        rounded = loaded.model(torch.tensor([ids])).logits[0]
+    head = loaded.model.get_output_embeddings()
+    assert torch.equal(found, hidden.float() @ head.weight.float().T)
+    assert not torch.equal(found, found.bfloat16().float())
+    # The head is as it was: the model's own forward still rounds.
+    assert rounded.dtype == torch.bfloat16
