@@ -226,6 +226,26 @@ def golden_check(
     typer.echo(f"{folder}: {len(golden.items)} items, unchanged")
 
 
+@golden_app.command("rescore")
+def golden_rescore(
+    folder: Annotated[Path, typer.Argument(help="Golden set, golden_sets/<name>.")],
+    results: Annotated[Path, typer.Argument(help="runs/<release>/<variant>/<name>.parquet.")],
+) -> None:
+    """Score stored answers again; exit code 3 when a stored score or check differs.
+
+    Example: quantgate golden rescore golden_sets/order-total runs/RELEASE/int8/order-total.parquet
+    """
+    from quantgate.quality.golden import load_golden_set
+    from quantgate.quality.rescoring import rescore
+
+    num_items, differences = rescore(load_golden_set(folder), results)
+    for difference in differences:
+        typer.echo(str(difference), err=True)
+    if differences:
+        raise typer.Exit(3)
+    typer.echo(f"{results}: {num_items:,} answers score as stored")
+
+
 @golden_app.command("stats")
 def golden_stats(
     folder: Annotated[Path, typer.Argument(help="Golden set, golden_sets/<name>.")],

@@ -215,6 +215,8 @@ def record(
 
 
 def _print_verdicts(result: ReleaseResult, *, as_json: bool) -> None:
+    from quantgate.measurements_file import read_measurements
+    from quantgate.report.divergence import divergence_table
     from quantgate.report.table import release_report
     from quantgate.verdict import exit_code
 
@@ -225,5 +227,6 @@ def _print_verdicts(result: ReleaseResult, *, as_json: bool) -> None:
         value: dict[str, Any] = json.loads(result.folder.verdicts.read_text(encoding="utf-8"))
         typer.echo(json.dumps(value | {"release": shown, "exit_code": code}, indent=2))
     else:
-        open_console().print(release_report(result.decisions, run=shown))
+        divergence = divergence_table(read_measurements(result.folder.measurements))
+        open_console().print(release_report(result.decisions, run=shown, divergence=divergence))
     raise typer.Exit(code)

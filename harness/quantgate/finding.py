@@ -69,6 +69,9 @@ def find(gate: Gate, measurement: Measured) -> Finding | NoFinding:
             return _find_ratio(gate, measurement)
         case "percentile", Latencies():
             return _find_percentile(gate, measurement)
+        case "non_inferiority", PairedBinary(early_stop=stop) if stop and not gate.sequential:
+            reason = f"{stop}; how many were asked is no accident, so only a sequential gate judges"
+            return NoFinding(reason, measurement.n)
         case "non_inferiority", PairedBinary():
             return _find_paired_drop(gate, measurement)
         case "non_inferiority", Clustered(paired=True) if not gate.sequential:
@@ -223,7 +226,8 @@ def _find_paired_drop(gate: Gate, measured: PairedBinary) -> Finding:
             lost, won, n, confidence=confidence
         ),
         reason=f"{(measured.both + won) / n:.2%} against {(measured.both + lost) / n:.2%}, "
-        f"lost {lost:,} and won {won:,}, McNemar p {p_value:.2g}",
+        f"lost {lost:,} and won {won:,}, McNemar p {p_value:.2g}"
+        + (f", {measured.early_stop}" if measured.early_stop else ""),
     )
 
 

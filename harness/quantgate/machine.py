@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def describe_machine() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "packages": _versions(),
+        "packages": versions_of(_PACKAGES),
     }
     if gpus := gpu_names():
         facts["gpus"] = gpus
@@ -50,6 +51,15 @@ def gpu_names() -> list[str]:
         pynvml.nvmlShutdown()
 
 
+def processor_of(device: str) -> str:
+    """The name of what computes on a device: other processors have other kernels."""
+    if device == "cpu":
+        return _cpu_name()
+    names, (_, _, index) = gpu_names(), device.partition(":")
+    position = int(index or 0)
+    return names[position] if position < len(names) else device
+
+
 def choose_device(wanted: str) -> str:
     """`auto` is the first CUDA device where there is one, else the CPU."""
     if wanted == "cuda":
@@ -68,9 +78,10 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def _versions() -> dict[str, str]:
+def versions_of(packages: Sequence[str]) -> dict[str, str]:
+    """Of those packages that are installed."""
     versions = {}
-    for package in _PACKAGES:
+    for package in packages:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -47,7 +47,11 @@ class Scalar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairedBinary:
-    """0-1 items scored under reference and candidate: how many were right under which."""
+    """0-1 items scored under reference and candidate: how many were right under which.
+
+    `early_stop` says where and why asking ended before the last item; empty for all items. How many
+    were asked then depends on their outcomes, which only a sequential gate allows for.
+    """
 
     metric: str
     source: str
@@ -55,6 +59,7 @@ class PairedBinary:
     reference_only: int
     candidate_only: int
     neither: int
+    early_stop: str = ""
 
     def __post_init__(self) -> None:
         _check_unit(self.metric, "1")

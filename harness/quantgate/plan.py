@@ -10,8 +10,12 @@ from quantgate.errors import UsageError
 from quantgate.machine import choose_device
 from quantgate.policy import Policy, Serving
 from quantgate.quality.golden import GoldenSet, find_golden_set, load_golden_set
+from quantgate.quality.results import metrics_of
+from quantgate.quality.scoring import BINARY_SCORERS
 from quantgate.quality.stage import engine_sha256
 from quantgate.server import ServerOptions
+from quantgate.spec import Problem, SpecError
+from quantgate.units import did_you_mean, parse_metric
 from quantgate.variants.calibration import CalibrationSet, load_calibration
 from quantgate.variants.source import DEMO_MODEL, SourceModel, open_source
 
@@ -100,12 +104,14 @@ def make_plan(request: ReleaseRequest) -> Plan:
             max_documents=policy.calibration.max_documents,
             max_tokens=policy.calibration.max_tokens,
         )
+    golden_sets = tuple(golden(name) for name in policy.golden_sets)
+    _check_gates(policy, golden_sets)
     return Plan(
         policy=policy,
         source=source,
         device=device,
         names=names,
-        golden_sets=tuple(golden(name) for name in policy.golden_sets),
+        golden_sets=golden_sets,
         documents=golden(policy.distribution.golden_set) if policy.distribution else None,
         calibration=calibration,
         server=_server_options(policy.serving, device),
@@ -126,6 +132,38 @@ def _server_options(serving: Serving, device: str) -> ServerOptions:
         native_kernels="auto" if serving.native_kernels else "off",
         caches=serving.caches,
     )
+
+
+def _check_gates(policy: Policy, golden_sets: Sequence[GoldenSet]) -> None:
+    """A scorer, check or tag that a set does not have would be missed hours later, as INVALID.
+
+    Raises:
+        SpecError: with the line of each such gate.
+    """
+    known = {golden.name: metrics_of(golden) for golden in golden_sets}
+    problems = []
+    for gate in policy.gates:
+        name = parse_metric(gate.metric)
+        metrics = known.get(name.stem) if name.is_golden_set else None
+        if metrics is None:
+            continue
+        line = policy.gate_line(gate.id)
+        if gate.metric not in metrics:
+            whole = [m for m in metrics if parse_metric(m).noun == name.stem]
+            near = did_you_mean(gate.metric, metrics)
+            message = (
+                f"golden set {name.stem} does not yield {gate.metric}; expected one of "
+                f"{', '.join(whole)}, or one of a tag's items, {name.stem}.tag-TAG{near}"
+            )
+            problems.append(Problem(line, message))
+        elif gate.sequential and name.statistic not in BINARY_SCORERS:
+            message = (
+                f"sequential is for scores of 0 and 1 ({', '.join(sorted(BINARY_SCORERS))}), and "
+                f"{name.statistic} is none; remove it"
+            )
+            problems.append(Problem(line, message))
+    if problems:
+        raise SpecError(policy.path, problems)
 
 
 def project_folders(policy: Policy) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,3 +132,8 @@ def edit_json(path: Path, **changes: object) -> None:
     """Changes keys of a JSON file by hand, as somebody who wants a PASS might."""
     value = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(value | changes), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def add_mini_set() -> Callable[..., Path]:
+    return write_mini_set

@@ -7,7 +7,7 @@ so that no core waits for the other at the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from quantgate.errors import MeasurementError, UsageError
 from quantgate.files import write_bytes
 from quantgate.measure import Measurement, Missing
 from quantgate.plan import Plan
-from quantgate.policy import SOURCE
+from quantgate.policy import SOURCE, required_gates
 from quantgate.progress import Progress
 from quantgate.quality import distribution_results, noise_floor, served
 from quantgate.quality.completions import FULL_BATCHES, Batching
 from quantgate.quality.distribution import Candidate, compare_with_reference
 from quantgate.quality.distribution_store import distribution_paths, group_size_of
+from quantgate.quality.early_stop import StopRule, stop_rules
 from quantgate.quality.noise_floor import OTHER_BATCHES, Rerun
 from quantgate.quality.rendering import RenderedPrompt, Renderer
 from quantgate.quality.results import metrics_of
@@ -63,12 +64,16 @@ def measure_evidence(
     with ThreadPoolExecutor(max_workers=plan.models_together) as pool:
         asked = {reference.name: pool.submit(work.ask_reference)}
         distribution = pool.submit(work.compare_distributions)
-        asked |= {model.name: pool.submit(work.ask, model) for model in others}
+        # The reference is first, so whoever waits for it waits for work that has begun.
+        first = asked[reference.name]
+        asked |= {model.name: pool.submit(work.ask_variant, model, first) for model in others}
         asks = {name: future.result() for name, future in asked.items()}
         distribution_failures = distribution.result()
     for name, found in asks.items():
         for golden, reason in found.answers.missing.items():
             progress.note(f"{name}: {golden}: {reason.splitlines()[0]}")
+        for golden, stop in found.answers.stopped.items():
+            progress.note(f"{name}: {golden}: {stop}")
     return QualityEvidence(
         answers={name: found.answers for name, found in asks.items()},
         distribution_failures=distribution_failures,
@@ -125,9 +130,16 @@ class _Work:
         num_compared = len(self._variants) if self._documents else 0
         return num_asked * (len(self.models) + 1) + num_compared
 
-    def ask(self, model: ServedModel) -> _Asked:
+    def ask_variant(self, model: ServedModel, reference: Future[_Asked]) -> _Asked:
+        """As `ask`; where a gate is looked at early, once the reference's answers are there."""
+        gates = [g for g in required_gates(self._plan.policy, model.name) if g.sequential]
+        if not gates:
+            return self.ask(model)
+        return self.ask(model, stop_rules(gates, reference.result().answers.items))
+
+    def ask(self, model: ServedModel, rules: Mapping[str, StopRule] | None = None) -> _Asked:
         """Golden sets and documents through the server."""
-        answers = self._ask_golden(model, FULL_BATCHES)
+        answers = self._ask_golden(model, FULL_BATCHES, rules)
         for golden, path in answers.items.items():
             write_bytes(self._release.items(model.name, golden), path.read_bytes())
         failure = None
@@ -201,7 +213,12 @@ class _Work:
             progress.note(f"{name}: {reason}")
         return failures
 
-    def _ask_golden(self, model: ServedModel, batching: Batching) -> QualityResult:
+    def _ask_golden(
+        self,
+        model: ServedModel,
+        batching: Batching,
+        rules: Mapping[str, StopRule] | None = None,
+    ) -> QualityResult:
         return measure_quality(
             model,
             self._plan.golden_sets,
@@ -211,6 +228,7 @@ class _Work:
             timeout_s=self._plan.timeout_s * 10,
             on_answers=self._counting(model.name),
             batching=batching,
+            stop_rules=rules,
         )
 
     def _ask_documents(self, model: ServedModel, batching: Batching, out: Path) -> None:

@@ -18,7 +18,8 @@ from quantgate.measure import Clustered, ClusteredRatio, Measurement, Missing, S
 from quantgate.quality.completions import Batching
 from quantgate.quality.distribution_results import reduce_rows
 from quantgate.quality.golden import GoldenSet
-from quantgate.quality.results import SCORE, VALID, items_of, reduce_golden_set
+from quantgate.quality.results import items_of, reduce_golden_set
+from quantgate.quality.rows import SCORE, VALID
 from quantgate.quality.scored_tokens import compare_paths, read_scored_tokens
 from quantgate.quality.served import reduce_difference
 from quantgate.resolution import NoiseFloor, has_noise_floor

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,24 +22,32 @@ from quantgate.quality.divergence import SAME_RATE, SHARED_TOKENS, divergence
 from quantgate.quality.golden import GoldenSet
 from quantgate.quality.lengths import STATISTIC as LENGTH_RATIO
 from quantgate.quality.lengths import length_ratio
-from quantgate.quality.scoring import BINARY_SCORERS, score_items
-from quantgate.quality.validity import ValidityCheck, is_valid
-from quantgate.units import slice_of_tag
+from quantgate.quality.rows import SCORE, VALID, check_names, tabulate
+from quantgate.quality.scoring import BINARY_SCORERS
+from quantgate.units import parse_metric, slice_of_tag
 
 FloatArray: TypeAlias = npt.NDArray[np.float64]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 
-SCORE = "score."
-VALID = "valid."
+_STOP_KEY = "quantgate.early_stop"
 
 
-def check_names(checks: Sequence[ValidityCheck]) -> list[str]:
-    """The statistic of each check's metric; a type used twice is numbered."""
-    types = [check.type for check in checks]
-    return [
-        kind if types.count(kind) == 1 else f"{kind}{types[: i + 1].count(kind)}"
-        for i, kind in enumerate(types)
-    ]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EarlyStop:
+    """Why a file of results does not hold every item of its set."""
+
+    num_asked: int
+    num_items: int
+    metrics: tuple[str, ...]
+    """Those of the sequential gates that had failed; nothing else is judged on a part."""
+    seconds_saved: float
+    """Estimated: as if the others had taken as long as those that were asked."""
+
+    def __str__(self) -> str:
+        return (
+            f"stopped early at {self.num_asked:,} of {self.num_items:,} items, which saved about "
+            f"{self.seconds_saved:.0f} s"
+        )
 
 
 def metrics_of(golden: GoldenSet) -> list[str]:
@@ -66,35 +76,23 @@ def items_of(golden: GoldenSet, part: str) -> BoolArray:
     return np.array([not part or part in found for found in slices])
 
 
-def write_results(path: Path, golden: GoldenSet, answers: Sequence[Answer]) -> None:
-    """Scores and checks every answer, and stores one row per item."""
-    items = golden.items
-    columns: dict[str, list[Any]] = {
-        "id": [item.id for item in items],
-        "cluster": [item.cluster for item in items],
-        "tags": [list(item.tags) for item in items],
-        "target": [item.target for item in items],
-        "output": [answer.output for answer in answers],
-        "finish_reason": [answer.finish_reason for answer in answers],
-        "stop_reason": [answer.stop_reason for answer in answers],
-        "num_tokens": [len(answer.token_ids) for answer in answers],
-        "token_ids": [list(answer.token_ids) for answer in answers],
-        "choice_log_probs": [list(answer.choice_log_probs) for answer in answers],
-        "error": [answer.error for answer in answers],
-    }
-    if [answer.item_id for answer in answers] != columns["id"]:
-        raise MeasurementError(f"{golden.name}: answers are not those of the items, in order.")
-    for spec in golden.task.metric_list:
-        scores = score_items(spec.metric, columns["output"], columns["target"])
-        # No answer is a wrong answer, also where an empty output would equal an empty target.
-        columns[SCORE + spec.metric] = [
-            0.0 if answer.error else score for answer, score in zip(answers, scores, strict=True)
-        ]
-    for name, check in zip(check_names(golden.task.validity), golden.task.validity, strict=True):
-        columns[VALID + name] = [
-            answer.error is None and is_valid(check, answer) for answer in answers
-        ]
-    write_with(path, partial(pq.write_table, pa.table(columns)))
+def write_results(
+    path: Path, golden: GoldenSet, answers: Sequence[Answer], *, stop: EarlyStop | None = None
+) -> None:
+    """Scores and checks every answer, and stores one row per item.
+
+    Args:
+        golden: the items that were asked; not all of the set's where there is a `stop`.
+    """
+    table = tabulate(golden, answers)
+    if stop is not None:
+        table = table.replace_schema_metadata({_STOP_KEY: json.dumps(asdict(stop))})
+    write_with(path, partial(pq.write_table, table))
+
+
+def read_stop(path: Path) -> EarlyStop | None:
+    """Where asking ended; None for results of every item."""
+    return _stop_in(pq.read_schema(path))
 
 
 def count_errors(path: Path) -> tuple[int, int]:
@@ -118,9 +116,14 @@ def reduce_golden_set(
 ) -> list[Measurement]:
     """Pairs two variants' results item by item: over all items, and over those with each tag.
 
+    Of a candidate that was stopped early only what stopped it has a number.
+
     Raises:
         MeasurementError: a file does not hold the set's items.
     """
+    stop = read_stop(candidate)
+    if stop is not None:
+        return _reduce_part(golden, reference, candidate, stop, source=source)
     ours, theirs = _read_rows(candidate, golden), _read_rows(reference, golden)
     num_failed = len(theirs) - theirs["error"].null_count
     if num_failed:
@@ -149,6 +152,59 @@ def _read_rows(path: Path, golden: GoldenSet) -> pa.Table:
     return table.take([rows[item_id] for item_id in wanted])
 
 
+def measure_part(
+    part: GoldenSet,
+    reference: pa.Table,
+    candidate: pa.Table,
+    metrics: Sequence[str],
+    *,
+    source: str = "",
+) -> dict[str, Measurement]:
+    """The named scores over a part of the items; one whose slice has no item yet is left out.
+
+    Raises:
+        MeasurementError: the reference's results lack an item.
+    """
+    rows = {item_id: row for row, item_id in enumerate(reference["id"].to_pylist())}
+    try:
+        wanted = [rows[item_id] for item_id in candidate["id"].to_pylist()]
+    except KeyError as error:
+        raise MeasurementError(f"the reference was not asked item {error}.") from error
+    pair = _Pair(part, reference.take(wanted), candidate, source)
+    measured = {}
+    for metric in metrics:
+        name = parse_metric(metric)
+        chosen = items_of(part, name.noun.removeprefix(part.name))
+        if chosen.any():
+            measured[metric] = pair.score(metric, name.statistic, chosen)
+    return measured
+
+
+def _reduce_part(
+    golden: GoldenSet, reference: Path, candidate: Path, stop: EarlyStop, *, source: str
+) -> list[Measurement]:
+    asked = set(pq.read_table(candidate, columns=["id"])["id"].to_pylist())
+    part = replace(golden, items=tuple(item for item in golden.items if item.id in asked))
+    ours = _read_rows(candidate, part)
+    found = measure_part(part, pq.read_table(reference), ours, stop.metrics, source=source)
+    others = f"{stop}; its sequential gates had failed, and nothing else is judged on a part"
+    return [
+        replace(measured, early_stop=str(stop))
+        if isinstance(measured := found.get(metric), PairedBinary)
+        else Missing(metric=metric, reason=others, source=source)
+        for metric in metrics_of(golden)
+    ]
+
+
+def _stop_in(schema: pa.Schema) -> EarlyStop | None:
+    metadata: Mapping[bytes, bytes] = schema.metadata or {}
+    text = metadata.get(_STOP_KEY.encode())
+    if text is None:
+        return None
+    fields = json.loads(text)
+    return EarlyStop(**fields | {"metrics": tuple(fields["metrics"])})
+
+
 def missing_golden_set(golden: GoldenSet, reason: str) -> list[Measurement]:
     """Says of every metric of a set why it is not there."""
     return [Missing(metric=metric, reason=reason) for metric in metrics_of(golden)]
@@ -170,12 +226,7 @@ class _Pair:
         """Scores, validity and lengths of some items; `part` names them, empty for all."""
         name, task = f"{self._golden.name}{part}", self._golden.task
         for spec in task.metric_list:
-            metric = f"quality/{name}.{spec.metric}"
-            reference, candidate = self._columns(SCORE + spec.metric, chosen)
-            if spec.metric in BINARY_SCORERS:
-                yield self._paired_binary(metric, reference == 1.0, candidate == 1.0)
-            else:
-                yield self._paired_scores(metric, candidate - reference, chosen)
+            yield self.score(f"quality/{name}.{spec.metric}", spec.metric, chosen)
         for check in check_names(task.validity):
             yield self._new_failures(
                 f"validity/{name}.{check}", *self._columns(VALID + check, chosen)
@@ -187,6 +238,12 @@ class _Pair:
                 self._clusters[chosen].tolist(),
                 source=self._source,
             )
+
+    def score(self, metric: str, scorer: str, chosen: BoolArray) -> Measurement:
+        reference, candidate = self._columns(SCORE + scorer, chosen)
+        if scorer in BINARY_SCORERS:
+            return self._paired_binary(metric, reference == 1.0, candidate == 1.0)
+        return self._paired_scores(metric, candidate - reference, chosen)
 
     def divergence(self) -> list[Measurement]:
         return divergence(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -34,6 +35,9 @@ _MODULES: Mapping[str, _Module] = {
     "rougeL": _ROUGE,
 }
 
+# `evaluate` keeps its modules' state in process-wide caches.
+_ONE_AT_A_TIME = threading.Lock()
+
 # Scorers whose every score is 0 or 1: compared as paired proportions.
 BINARY_SCORERS = frozenset({"exact_match", "exact_text"})
 
@@ -42,7 +46,8 @@ def score_items(scorer: str, outputs: Sequence[str], targets: Sequence[str]) -> 
     """The score of each item, 0 to 1, in the order given."""
     if not outputs:
         return []
-    result: dict[str, Any] = _load(scorer).compute(predictions=outputs, references=targets)
+    with _ONE_AT_A_TIME:
+        result: dict[str, Any] = _load(scorer).compute(predictions=outputs, references=targets)
     return [float(score) for score in result["scores"]]
 
 

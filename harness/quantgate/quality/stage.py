@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
 
 from quantgate.errors import MeasurementError, QuantgateError
 from quantgate.files import read_json, sha256_of_file, sha256_of_json, write_json
-from quantgate.quality.answers import ask_golden_set
+from quantgate.machine import processor_of, versions_of
+from quantgate.quality.answers import Answer, ask_golden_set
 from quantgate.quality.completions import FULL_BATCHES, Batching
+from quantgate.quality.early_stop import Asked, StopRule, ask_until_failed
 from quantgate.quality.golden import GoldenSet
 from quantgate.quality.lock import changes_since_lock, read_lock
 from quantgate.quality.rendering import RenderedPrompt, Renderer
-from quantgate.quality.results import write_results
+from quantgate.quality.results import EarlyStop, read_stop, write_results
+from quantgate.server import Server
 from quantgate.server_pool import ServerPool
 
-# `evaluate` keeps its modules' state in process-wide caches.
-_SCORING = threading.Lock()
+# What computes logits beside the server's own code.
+_ENGINE_PACKAGES = ("torch", "transformers", "tokenizers", "bitsandbytes", "gptqmodel", "triton")
+# Modules whose code decides what is stored of an answer, beside the scorers', which the lock holds.
+_ROW_MODULES = (
+    "answers.py",
+    "completions.py",
+    "rows.py",
+    "validity.py",
+    "repetition.py",
+    "scripts.py",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +56,8 @@ class QualityResult:
     peak_bytes: int
     """Most memory the server held by the end of a set; 0 when none was asked."""
     num_reused: int
+    stopped: Mapping[str, EarlyStop] = field(default_factory=dict)
+    """By golden set: where a sequential gate ended the asking."""
 
 
 def measure_quality(
@@ -57,15 +70,18 @@ def measure_quality(
     timeout_s: float,
     on_answers: Callable[[int], None],
     batching: Batching = FULL_BATCHES,
+    stop_rules: Mapping[str, StopRule] | None = None,
 ) -> QualityResult:
     """Asks one model every golden set through the server, unless the store has the answers.
 
-    A set that cannot be asked is in `missing` with its reason; nothing is raised for it.
+    A set with a rule in `stop_rules` is asked no further once the rule has failed. A set that
+    cannot be asked is in `missing` with its reason; nothing is raised for it.
     """
     prompts: dict[str, list[RenderedPrompt]] = {}
     missing: dict[str, str] = {}
     renderer = Renderer(model.folder)
     paths: dict[str, Path] = {}
+    rules = stop_rules or {}
     for golden in sets:
         try:
             rendered = renderer.render(golden)
@@ -82,8 +98,12 @@ def measure_quality(
             )
             continue
         prompts[golden.name] = rendered
-        key = _key(model, golden, servers, batching)
-        paths[golden.name] = store / f"{golden.name}-{key[:24]}.parquet"
+        key = results_key(model, golden, servers, batching)
+        path = store / f"{golden.name}-{key[:24]}.parquet"
+        rule = rules.get(golden.name)
+        if rule and not _has_results(path) and _has_results(_path_of_part(path, rule)):
+            path = _path_of_part(path, rule)
+        paths[golden.name] = path
     asked = [g for g in sets if g.name in paths and not _has_results(paths[g.name])]
     for golden in sets:
         if golden not in asked:
@@ -92,7 +112,7 @@ def measure_quality(
     if asked:
         try:
             _ask(
-                model, asked, prompts, paths, log=log, servers=servers, timeout_s=timeout_s,
+                model, asked, prompts, paths, rules, log=log, servers=servers, timeout_s=timeout_s,
                 on_answers=on_answers, batching=batching,
             )  # fmt: skip
         except MeasurementError as error:
@@ -106,6 +126,7 @@ def measure_quality(
         oom_count=None if has_died else sum(int(f["oom_count"]) for f in facts),
         peak_bytes=max((int(f["peak_bytes"]) for f in facts), default=0),
         num_reused=len(paths) - len(asked),
+        stopped={name: stop for name, path in items.items() if (stop := read_stop(path))},
     )
 
 
@@ -113,7 +134,8 @@ def _ask(
     model: ServedModel,
     sets: Sequence[GoldenSet],
     prompts: Mapping[str, list[RenderedPrompt]],
-    paths: Mapping[str, Path],
+    paths: dict[str, Path],
+    rules: Mapping[str, StopRule],
     *,
     log: Path,
     servers: ServerPool,
@@ -121,11 +143,13 @@ def _ask(
     on_answers: Callable[[int], None],
     batching: Batching,
 ) -> None:
+    """Asks the sets and writes their results; a part has a path of its own, put into `paths`."""
     with servers.serving(model.folder, log=log) as server:
         for golden in sets:
             before = server.oom_count()
-            answers = ask_golden_set(
-                server.url, golden, prompts[golden.name], timeout_s=timeout_s,
+            rule = rules.get(golden.name)
+            asked = _ask_set(
+                server, golden, prompts[golden.name], rule, timeout_s=timeout_s,
                 on_answers=on_answers, batching=batching,
             )  # fmt: skip
             # A server that died answers nothing: those are not the variant's answers.
@@ -134,18 +158,53 @@ def _ask(
                 "oom_count": server.oom_count() - before,
                 "peak_bytes": server.peak_bytes(),
             }
-            with _SCORING:
-                write_results(paths[golden.name], golden, answers)
-            write_json(_sidecar(paths[golden.name]), facts)
+            path = paths[golden.name]
+            if rule and asked.stop:
+                path = paths[golden.name] = _path_of_part(path, rule)
+            write_results(path, asked.part, asked.answers, stop=asked.stop)
+            write_json(_sidecar(path), facts)
 
 
-def _key(model: ServedModel, golden: GoldenSet, servers: ServerPool, batching: Batching) -> str:
-    """Results are found by what they depend on, never by a name."""
+def _ask_set(
+    server: Server,
+    golden: GoldenSet,
+    prompts: Sequence[RenderedPrompt],
+    rule: StopRule | None,
+    *,
+    timeout_s: float,
+    on_answers: Callable[[int], None],
+    batching: Batching,
+) -> Asked:
+    def ask(positions: Sequence[int]) -> list[Answer]:
+        some = [prompts[at] for at in positions]
+        return ask_golden_set(
+            server.url, golden, some, timeout_s=timeout_s, on_answers=on_answers, batching=batching
+        )
+
+    if rule is None:
+        return Asked(part=golden, answers=ask(range(len(prompts))))
+    asked = ask_until_failed(golden, rule, ask)
+    # The steps of those that are not asked are done too.
+    on_answers(len(golden.items) - len(asked.answers))
+    return asked
+
+
+def results_key(
+    model: ServedModel, golden: GoldenSet, servers: ServerPool, batching: Batching
+) -> str:
+    """Results are found by what they depend on, never by a name.
+
+    How the server batches is part of it: rows of one batch share a matrix product, whose rounding
+    depends on their number, and LLM.int8 looks for outliers in the whole batch.
+    """
     return sha256_of_json(
         {
             "artifact": model.artifact_sha256,
+            # Holds the items, the sampling settings, the scorers and the rendered prompts.
             "lock": dict(read_lock(golden.folder)),
+            "rows": [sha256_of_file(Path(__file__).with_name(name)) for name in _ROW_MODULES],
             "engine": engine_sha256(),
+            "processor": processor_of(servers.options.device),
             "server": servers.options.arguments(),
             "batching": asdict(batching),
         }
@@ -154,10 +213,15 @@ def _key(model: ServedModel, golden: GoldenSet, servers: ServerPool, batching: B
 
 @cache
 def engine_sha256() -> str:
-    """The version of the engine: the digest of its code."""
+    """The version of the engine: the digest of its code, and the packages it computes with."""
     root = Path(str(resources.files("quantgate_serve")))
     files = {p.relative_to(root).as_posix(): sha256_of_file(p) for p in root.rglob("*.py")}
-    return sha256_of_json(files)
+    return sha256_of_json({"files": files, "packages": versions_of(_ENGINE_PACKAGES)})
+
+
+def _path_of_part(path: Path, rule: StopRule) -> Path:
+    """All items serve everybody; a part only whoever would stop at the same place."""
+    return path.with_stem(f"{path.stem}-{rule.sha256[:12]}")
 
 
 def _sidecar(path: Path) -> Path:

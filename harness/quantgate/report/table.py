@@ -20,11 +20,19 @@ STYLES = {
 }
 
 
-def release_report(decisions: Sequence[Decision], *, run: str) -> RenderableType:
-    """Everything a release prints at its end; `run` is the release folder as a person types it."""
+def release_report(
+    decisions: Sequence[Decision], *, run: str, divergence: RenderableType | None = None
+) -> RenderableType:
+    """Everything a release prints at its end.
+
+    Args:
+        run: the release folder as a person types it.
+        divergence: what is reported and not judged; see `divergence.py`.
+    """
     return Group(
         verdict_table((decision.verdicts for decision in decisions), folds_audit=True),
         Text(),
+        *((divergence, Text()) if divergence else ()),
         *(decision_line(decision) for decision in decisions),
         Text(),
         Text.assemble(("Next: ", "bold"), next_step(decisions, run=run)),

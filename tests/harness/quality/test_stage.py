@@ -1,0 +1,160 @@
+"""Stored results are found by what they depend on: a change misses them, another name does not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantgate.quality import stage
+from quantgate.quality.completions import FULL_BATCHES, Batching
+from quantgate.quality.golden import GoldenSet, load_golden_set
+from quantgate.quality.lock import write_lock
+from quantgate.quality.rendering import Renderer
+from quantgate.quality.stage import ServedModel, results_key
+from quantgate.server import ServerOptions
+from quantgate.server_pool import ServerPool
+from quantgate.variants.build import adopt_variant
+
+ITEMS = [{"id": f"i{n}", "input": f"q{n}", "target": "4"} for n in range(2)]
+OPTIONS = ServerOptions(max_batch_size=8, threads=1)
+WriteSet = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def folder(make_tokenizer: Callable[..., Path]) -> Path:
+    found = make_tokenizer()
+    (found / "config.json").write_text(json.dumps({"dtype": "bfloat16"}), encoding="utf-8")
+    (found / "model.safetensors").write_bytes(bytes(64))
+    return found
+
+
+@pytest.fixture
+def locked(
+    write_set: WriteSet, text_task: dict[str, Any], folder: Path
+) -> Callable[..., GoldenSet]:
+    """A set of two items, locked as it is; keyword arguments change the task."""
+
+    def make(*lines: dict[str, Any], **task: Any) -> GoldenSet:
+        golden = load_golden_set(write_set(*(lines or ITEMS), task=text_task | task))
+        renderer = Renderer(folder)
+        write_lock(golden, renderer.describe(golden, renderer.render(golden)), model="tiny")
+        return golden
+
+    return make
+
+
+def key(
+    golden: GoldenSet,
+    *,
+    options: ServerOptions = OPTIONS,
+    batching: Batching = FULL_BATCHES,
+    **changes: Any,
+) -> str:
+    model = ServedModel(name="v", folder=Path("here"), artifact_sha256="a" * 64)
+    servers = ServerPool(options, keeps_running=False)
+    return results_key(replace(model, **changes), golden, servers, batching)
+
+
+def test_another_name_or_place_of_the_same_bytes_finds_the_results(
+    locked: Callable[..., GoldenSet],
+) -> None:
+    golden = locked()
+    assert key(golden) == key(golden, name="renamed", folder=Path("elsewhere"))
+
+
+def test_one_byte_of_the_artifact_misses_them(
+    locked: Callable[..., GoldenSet], folder: Path
+) -> None:
+    def digest() -> str:
+        return adopt_variant(folder, name="v", scheme="bf16").manifest.artifact_sha256
+
+    golden, before = locked(), digest()
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    after = digest()
+    assert key(golden, artifact_sha256=before) != key(golden, artifact_sha256=after)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"lines": [ITEMS[0], ITEMS[1] | {"input": "q2"}]},
+        {"lines": [ITEMS[0], ITEMS[1] | {"target": "5"}]},
+        {"lines": [ITEMS[0], ITEMS[1] | {"tags": ["long"]}]},
+        {"lines": ITEMS[:1]},
+        {"generation_kwargs": {"max_gen_toks": 9, "until": ["\n"]}},
+        {"generation_kwargs": {"max_gen_toks": 8, "until": ["\n", ";"]}},
+        {"metric_list": [{"metric": "token_f1"}]},
+        {"validity": [{"type": "finished"}]},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_a_set_or_sampling_setting_that_was_locked_anew_misses_them(
+    locked: Callable[..., GoldenSet], changed: dict[str, Any]
+) -> None:
+    before = key(locked())
+    assert key(locked(*changed.pop("lines", []), **changed)) != before
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"max_batch_size": 9},
+        {"max_batched_tokens": 64},
+        {"threads": 2},
+        {"dtype": "bfloat16"},
+        {"kv_tokens": 64},
+        {"device": "cuda:0"},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_how_the_server_batches_and_computes_is_part_of_the_results(
+    locked: Callable[..., GoldenSet], changed: dict[str, Any]
+) -> None:
+    golden = locked()
+    assert key(golden, options=replace(OPTIONS, **changed)) != key(golden)
+
+
+def test_how_many_prompts_travel_together_is_too(locked: Callable[..., GoldenSet]) -> None:
+    golden = locked()
+    assert key(golden, batching=Batching(prompts_per_request=1)) != key(golden)
+
+
+def test_how_long_a_server_may_take_to_start_is_not(locked: Callable[..., GoldenSet]) -> None:
+    golden = locked()
+    assert key(golden, options=replace(OPTIONS, ready_timeout_s=1.0)) == key(golden)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("engine_sha256", lambda: "another engine"),
+        ("processor_of", lambda device: "another processor"),
+        ("_ROW_MODULES", ("answers.py",)),
+    ],
+)
+def test_an_engine_a_processor_or_checks_of_another_version_miss_them(
+    locked: Callable[..., GoldenSet], monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+) -> None:
+    golden = locked()
+    before = key(golden)
+    monkeypatch.setattr(stage, name, value)
+    assert key(golden) != before
+
+
+def test_the_engine_is_its_code_and_the_packages_it_computes_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage.engine_sha256.cache_clear()
+    before = stage.engine_sha256()
+    stage.engine_sha256.cache_clear()
+    monkeypatch.setattr(stage, "versions_of", lambda packages: {"torch": "99"})
+    assert stage.engine_sha256() != before
+    stage.engine_sha256.cache_clear()
