@@ -214,9 +214,14 @@ def results_key(
 @cache
 def engine_sha256() -> str:
     """The version of the engine: the digest of its code, and the packages it computes with."""
-    root = Path(str(resources.files("quantgate_serve")))
-    files = {p.relative_to(root).as_posix(): sha256_of_file(p) for p in root.rglob("*.py")}
+    files = digest_code(Path(str(resources.files("quantgate_serve"))))
     return sha256_of_json({"files": files, "packages": versions_of(_ENGINE_PACKAGES)})
+
+
+def digest_code(root: Path) -> dict[str, str]:
+    """Every file under a package by its digest, in whatever language; not what Python compiled."""
+    files = (path for path in root.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    return {path.relative_to(root).as_posix(): sha256_of_file(path) for path in files}
 
 
 def _path_of_part(path: Path, rule: StopRule) -> Path:

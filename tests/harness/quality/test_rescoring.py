@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from quantgate.quality.rescoring import rescore
 from quantgate.quality.results import write_results
 
 OUTPUTS = ("0", "x", "2")
+DOCS = Path(__file__).parents[3] / "docs"
 
 
 @pytest.fixture
@@ -88,3 +91,16 @@ def test_a_file_that_holds_no_results_of_the_set_is_refused(
     (tmp_path / "no.parquet").write_bytes(b"no")
     with pytest.raises(ArtifactError, match=r"no\.parquet: not a file of results"):
         rescore(golden, tmp_path / "no.parquet")
+
+
+def test_the_recipe_of_the_documents_compares_two_files_without_quantgate(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (recipe,) = re.findall(r"```python\n(.*?)```", (DOCS / "quality.md").read_text("utf-8"), re.S)
+    for name in ("source", "int8-bnb"):
+        (tmp_path / name).mkdir()
+        shutil.copyfile(results, tmp_path / name / "order-total.parquet")
+    change(tmp_path / "int8-bnb" / "order-total.parquet", "score.exact_match", [0.0, 0.0, 1.0])
+    exec(recipe, {"run": tmp_path})
+    counted = dict(line.split() for line in capsys.readouterr().out.splitlines()[1:3])
+    assert counted == {"0.0": "2", "-1.0": "1"}

@@ -149,6 +149,18 @@ def test_an_engine_a_processor_or_checks_of_another_version_miss_them(
     assert key(golden) != before
 
 
+def test_code_is_every_file_in_whatever_language_but_not_what_python_compiled(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "native" / "__pycache__").mkdir(parents=True)
+    for name in ("a.py", "native/layer.c", "native/__pycache__/a.pyc"):
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    found = stage.digest_code(tmp_path)
+    assert found.keys() == {"a.py", "native/layer.c"}
+    (tmp_path / "native" / "layer.c").write_text("y", encoding="utf-8")
+    assert stage.digest_code(tmp_path) != found
+
+
 def test_the_engine_is_its_code_and_the_packages_it_computes_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
