@@ -74,7 +74,7 @@ def test_other_items_are_an_error(golden: GoldenSet, tmp_path: Path) -> None:
 
     one = results(golden, tmp_path / "1.parquet", TARGETS)
     pq.write_table(pq.read_table(one).slice(1), tmp_path / "2.parquet")
-    with pytest.raises(MeasurementError, match="not the same items"):
+    with pytest.raises(MeasurementError, match="not the items of small"):
         floors_of_golden_set(
             golden, Rerun(first=one, second=tmp_path / "2.parquet"), source="again"
         )
