@@ -140,7 +140,7 @@ def ui(
 
     Example: quantgate ui --port 5000
     """
-    from quantgate.record import embedded_uri
+    from quantgate.record import embedded_uri, ui_page
 
     if not (runs / "mlflow.db").is_file():
         raise UsageError(f"{runs}/mlflow.db: nothing is recorded yet. Write: quantgate release …")
@@ -149,7 +149,7 @@ def ui(
         *(sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", embedded_uri(runs)),
         *("--host", "127.0.0.1", "--port", str(port)),
     ]
-    typer.echo(f"http://127.0.0.1:{port}")
+    typer.echo(f"http://127.0.0.1:{port}/{ui_page(runs)}")
     os.execv(sys.executable, command)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from quantgate.drill.results import DrillResult
 from quantgate.errors import QuantgateError, UsageError
 from quantgate.measurements_file import MeasurementSet, VariantMeasurements, read_measurements
 from quantgate.recorded_metrics import block_metrics, metrics_of
-from quantgate.release_folder import RECORDED, ReleaseFolder
+from quantgate.release_folder import RECORDED, ReleaseFolder, releases
 from quantgate.report.drill import drill_markdown
 from quantgate.report.summary import step_summary
 from quantgate.verdict import Decision, Outcome
@@ -45,6 +45,7 @@ class Recorded:
 
     tracking_uri: str
     experiment: str
+    experiment_id: str
     run_id: str
     variant_run_ids: Mapping[str, str]
 
@@ -75,9 +76,28 @@ def record_release(release: ReleaseFolder, *, tracking_uri: str | None = None) -
         except mlflow.exceptions.MlflowException as error:
             raise RecordError(f"{uri}: {error}") from error
     release.update_state(
-        stage=RECORDED, record={"tracking_uri": recorded.tracking_uri, "run_id": recorded.run_id}
+        stage=RECORDED,
+        record={
+            "tracking_uri": recorded.tracking_uri,
+            "experiment_id": recorded.experiment_id,
+            "run_id": recorded.run_id,
+        },
     )
     return recorded
+
+
+def ui_page(runs: Path) -> str:
+    """The page of the MLflow UI that lists the runs of the newest recorded release's experiment.
+
+    Without `workflowType` the UI opens on traces, of which a release has none.
+    """
+    # Releases that earlier versions recorded do not say their experiment.
+    ids = (
+        release.read_state().get("record", {}).get("experiment_id") for release in releases(runs)
+    )
+    experiment_id = next(filter(None, ids), None)
+    place = f"experiments/{experiment_id}/runs" if experiment_id else "experiments"
+    return f"#/{place}?workflowType=machine_learning"
 
 
 def _import_mlflow() -> Any:
@@ -122,7 +142,11 @@ def _record(
             r.data.tags["variant"]: r.info.run_id for r in found if "variant" in r.data.tags
         }
         return Recorded(
-            tracking_uri=uri, experiment=name, run_id=parent.info.run_id, variant_run_ids=children
+            tracking_uri=uri,
+            experiment=name,
+            experiment_id=experiment_id,
+            run_id=parent.info.run_id,
+            variant_run_ids=children,
         )
     children = {}
     shared = {
@@ -148,24 +172,40 @@ def _record(
         },
     )
     parent_id = parent.info.run_id
-    _log(mlflow, client, parent_id, params={"model": state["source"]["name"]}, metrics=[
+    # Parameters, since they alone stand beside each other when runs are compared.
+    params = {
+        "release": release.release_id,
+        "policy": verdicts.policy,
+        "model": state["source"]["name"],
+        "device": state["identity"]["device"],
+        "reference": verdicts.reference,
+        "champion": verdicts.champion,
+    }
+    _log(mlflow, client, parent_id, params=params, metrics=[
         ("release/approved_count", float(len(approved)), 0),
         ("release/variant_count", float(len(verdicts.decisions)), 0),
     ])  # fmt: skip
     for path in (release.policy, release.measurements, release.verdicts):
         client.log_artifact(parent_id, str(path))
     client.log_text(parent_id, summary, "summary.md")
+    client.log_table(parent_id, _release_table(verdicts.decisions), "gates-of-variants.json")
     for golden_set, lock_sha256 in state["golden_sets"].items():
         _log_golden_set(mlflow, client, parent_id, golden_set, lock_sha256)
     for decision in verdicts.decisions:
         children[decision.variant] = _record_variant(
             mlflow, client, experiment_id, parent_id, release, decision,
-            measurements.variants.get(decision.variant), shared,
+            measurements.variants.get(decision.variant), shared, params,
             is_champion=decision.variant == verdicts.champion,
         )  # fmt: skip
     # The parent ends last: a release cut short stays visibly unfinished, and is recorded again.
     client.set_terminated(parent_id)
-    return Recorded(tracking_uri=uri, experiment=name, run_id=parent_id, variant_run_ids=children)
+    return Recorded(
+        tracking_uri=uri,
+        experiment=name,
+        experiment_id=experiment_id,
+        run_id=parent_id,
+        variant_run_ids=children,
+    )
 
 
 def record_drill(path: Path, result: DrillResult, *, tracking_uri: str | None = None) -> Recorded:
@@ -221,7 +261,13 @@ def _record_drill(mlflow: Any, uri: str, runs: Path, path: Path, result: DrillRe
     client.log_artifact(run_id, str(path))
     client.log_text(run_id, table, "drill.md")
     client.set_terminated(run_id)
-    return Recorded(tracking_uri=uri, experiment=name, run_id=run_id, variant_run_ids={})
+    return Recorded(
+        tracking_uri=uri,
+        experiment=name,
+        experiment_id=experiment_id,
+        run_id=run_id,
+        variant_run_ids={},
+    )
 
 
 def _experiment(client: Any, name: str, *, uri: str, runs: Path) -> str:
@@ -242,6 +288,7 @@ def _record_variant(
     decision: Decision,
     measured: VariantMeasurements | None,
     shared: Mapping[str, str],
+    release_params: Mapping[str, str],
     *,
     is_champion: bool,
 ) -> str:
@@ -257,7 +304,7 @@ def _record_variant(
         ],
     }
     tags |= {f"gate.{verdict.gate_id}": str(verdict.outcome) for verdict in decision.verdicts}
-    params = {"variant": decision.variant}
+    params = {**release_params, "variant": decision.variant}
     if measured is not None:
         tags["artifact_sha256"] = measured.artifact_sha256
         params |= {"scheme": measured.scheme, "artifact": measured.artifact_sha256[:12]}
@@ -290,13 +337,24 @@ def _record_variant(
     return run_id
 
 
+def _release_table(decisions: Iterable[Decision]) -> dict[str, list[Any]]:
+    """The verdicts of all variants, to be read beside other releases'."""
+    merged: dict[str, list[Any]] = {}
+    for decision in decisions:
+        for name, values in _table(decision).items():
+            named = [f"{decision.variant} {gate}" for gate in values] if name == "gate" else values
+            merged.setdefault(name, []).extend(named)
+    return merged
+
+
 def _table(decision: Decision) -> dict[str, list[Any]]:
-    """The verdicts as columns, for the UI's table that compares runs."""
+    """The verdicts as columns, for the UI's table that compares runs: it groups rows by the first
+    column and shows the second of each run."""
     rows = [
         {
-            "variant": v.variant,
             "gate": v.gate_id,
             "verdict": str(v.outcome),
+            "variant": v.variant,
             "metric": v.metric,
             "observed": v.observed(),
             "bounds": v.bounds(),
@@ -306,7 +364,7 @@ def _table(decision: Decision) -> dict[str, list[Any]]:
         }
         for v in decision.verdicts
     ]
-    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {"variant": []}
+    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {"gate": []}
 
 
 def _machine_tags(machine: Mapping[str, Any]) -> dict[str, str]:

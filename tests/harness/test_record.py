@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ from quantgate.measure import (
     PairedBlocks,
     Scalar,
 )
-from quantgate.record import embedded_uri, record_drill, record_release
+from quantgate.record import embedded_uri, record_drill, record_release, ui_page
 from quantgate.recorded_metrics import metrics_of
 from quantgate.release import ReleaseResult
 from quantgate.release_folder import JUDGED, RECORDED, releases
@@ -88,6 +89,55 @@ def test_files_are_artifacts_under_the_runs_folder(
     for name in ("policy.yaml", "measurements.json", "verdicts.json", "summary.md"):
         assert (artifacts / name).is_file()
     assert (artifacts / "verdicts.json").read_bytes() == folder.verdicts.read_bytes()
+
+
+def test_what_a_release_was_stands_beside_every_variant_when_runs_are_compared(
+    runs: dict[str, Any], mini_release: ReleaseResult
+) -> None:
+    release = {
+        "release": mini_release.folder.release_id,
+        "policy": "mini.cpu",
+        "model": "order-desk",
+        "device": "cpu",
+        "reference": "source",
+        "champion": "bf16",
+    }
+    assert runs[mini_release.folder.release_id].data.params == release
+    params = runs["int4-nf4"].data.params
+    assert params.pop("artifact")
+    assert params == release | {"variant": "int4-nf4", "scheme": "int4-nf4"}
+
+
+def test_the_release_has_one_table_of_all_verdicts_and_a_variant_one_of_its_own(
+    runs: dict[str, Any], mini_release: ReleaseResult
+) -> None:
+    folder = mini_release.folder
+
+    def table(run: str, name: str) -> tuple[list[str], list[list[Any]]]:
+        artifacts = folder.runs / "artifacts" / runs[run].info.run_id / "artifacts"
+        found = json.loads((artifacts / name).read_text(encoding="utf-8"))
+        return found["columns"], found["data"]
+
+    # The UI groups rows by the first column and shows the second of each run.
+    columns, rows = table("int4-nf4", "gates.json")
+    assert columns[:2] == ["gate", "verdict"]
+    assert ["kl", "FAIL"] in [row[:2] for row in rows]
+    columns, all_rows = table(folder.release_id, "gates-of-variants.json")
+    assert columns[:2] == ["gate", "verdict"]
+    assert ["int4-nf4 kl", "FAIL"] in [row[:2] for row in all_rows]
+    assert {row[columns.index("variant")] for row in all_rows} == {"bf16", "int4-nf4"}
+
+
+def test_the_ui_opens_on_the_runs_of_the_newest_release_and_not_on_traces(
+    runs: dict[str, Any], release_copy: MiniProject
+) -> None:
+    experiment_id = runs["bf16"].info.experiment_id
+    page = f"#/experiments/{experiment_id}/runs?workflowType=machine_learning"
+    assert ui_page(release_copy.runs) == page
+    # As an earlier version recorded it.
+    for release in releases(release_copy.runs):
+        release.update_state(record={"run_id": "r"})
+    assert ui_page(release_copy.runs) == "#/experiments?workflowType=machine_learning"
 
 
 def test_golden_sets_are_inputs_with_the_digest_of_their_lock(
