@@ -207,6 +207,8 @@ async def _serve(
             task.cancel()
     finally:
         await engine.stop()
+        # A folder that the engine refuses may have no tokenizer either: one reason is enough.
+        await asyncio.gather(vocabulary, return_exceptions=True)
         if spans is not None:
             await asyncio.to_thread(spans.close)
     if engine.failure is not None:
