@@ -172,9 +172,9 @@ def build_library(compiler: str, folder: Path) -> Path:
     Raises:
         KernelsUnavailableError: no compiler, no OpenMP runtime to share, or a failed compilation.
     """
-    runtime = openmp_runtime()
+    runtime = torch_s_own(openmp_runtimes(), Path(torch.__file__).parent)
     if runtime is None:
-        raise KernelsUnavailableError("torch has not loaded one OpenMP runtime to share")
+        raise KernelsUnavailableError("which OpenMP runtime is torch's cannot be told")
     version = _run(compiler, "--version")
     source = _SOURCE.read_text(encoding="utf-8")
     facts = "\n".join([source, version, *_FLAGS, str(runtime), _describe_cpu()])
@@ -194,13 +194,23 @@ def build_library(compiler: str, folder: Path) -> Path:
     return target
 
 
-def openmp_runtime() -> Path | None:
-    """The OpenMP runtime in this process, None unless there is exactly one (found on Linux)."""
+def openmp_runtimes() -> set[Path]:
+    """The OpenMP runtimes in this process; none are found where there is no /proc."""
     maps = Path("/proc/self/maps")
     if not maps.is_file():
-        return None
-    found = set(re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)[-.]\S*)", maps.read_text("utf-8")))
-    return Path(found.pop()) if len(found) == 1 else None
+        return set()
+    found = re.findall(r"(/\S*/lib(?:gomp|iomp5|omp)[-.]\S*)", maps.read_text("utf-8"))
+    return {Path(path) for path in found}
+
+
+def torch_s_own(runtimes: set[Path], torch_folder: Path) -> Path | None:
+    """Which of the loaded `runtimes` torch uses; None where that cannot be told.
+
+    Other packages bring runtimes of their own, as scikit-learn does: torch's is the one in its
+    folder, or else the only one.
+    """
+    own = {path for path in runtimes if path.is_relative_to(torch_folder)} or runtimes
+    return next(iter(own)) if len(own) == 1 else None
 
 
 def _function(library: ctypes.CDLL, name: str) -> Any:

@@ -2,6 +2,8 @@
 
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,12 +18,13 @@ from quantgate_serve.native.library import (
     LayerKernels,
     build_library,
     find_kernels,
-    openmp_runtime,
+    openmp_runtimes,
+    torch_s_own,
 )
 from quantgate_serve.request import Request
 from quantgate_serve.startup import build_engine, load_for_serving
 
-needs_compiler = pytest.mark.skipif(find_kernels() is None, reason="no C compiler here")
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
 
 
 @pytest.fixture
@@ -42,8 +45,35 @@ def test_the_library_is_compiled_once_and_brings_no_threads_of_its_own(tmp_path:
     assert build_library("cc", tmp_path) == first
     assert first.stat().st_mtime_ns == made_ns
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
+    before = openmp_runtimes()
     LayerKernels(first)
-    assert openmp_runtime() is not None, "a second OpenMP runtime was loaded"
+    assert openmp_runtimes() == before
+
+
+@pytest.mark.parametrize(
+    ("loaded", "torch_s"),
+    [
+        ([], None),
+        (["/torch/lib/libgomp.so.1"], "/torch/lib/libgomp.so.1"),
+        (["/torch/lib/libgomp.so.1", "/sklearn.libs/libgomp-1.so"], "/torch/lib/libgomp.so.1"),
+        (["/usr/lib/libiomp5.so"], "/usr/lib/libiomp5.so"),
+        (["/usr/lib/libgomp.so.1", "/sklearn.libs/libgomp-1.so"], None),
+        (["/torch/lib/libgomp.so.1", "/torch/lib/libiomp5.so"], None),
+    ],
+)
+def test_the_runtime_is_torch_s_own_or_the_only_one(loaded: list[str], torch_s: str | None) -> None:
+    found = torch_s_own({Path(path) for path in loaded}, Path("/torch"))
+    assert found == (None if torch_s is None else Path(torch_s))
+
+
+@needs_compiler
+def test_a_package_with_a_runtime_of_its_own_does_not_take_the_kernels_away() -> None:
+    code = (
+        "import torch, sklearn.cluster; from quantgate_serve.native.library import *; "
+        "assert len(openmp_runtimes()) == 2, openmp_runtimes(); assert find_kernels() is not None"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_compiler
@@ -60,7 +90,7 @@ def test_a_missing_compiler_is_named() -> None:
         build_library("no-such-compiler", Path("unused"))
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
+@needs_compiler
 def test_a_source_that_does_not_compile_says_so_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
