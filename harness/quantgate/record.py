@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from quantgate.errors import QuantgateError, UsageError
 from quantgate.measurements_file import MeasurementSet, VariantMeasurements, read_measurements
 from quantgate.recorded_metrics import block_metrics, metrics_of
 from quantgate.release_folder import RECORDED, ReleaseFolder, releases
+from quantgate.report.columns import columns_of_release, columns_of_verdicts
 from quantgate.report.drill import drill_markdown
 from quantgate.report.summary import step_summary
 from quantgate.verdict import Decision, Outcome
@@ -188,7 +189,7 @@ def _record(
     for path in (release.policy, release.measurements, release.verdicts):
         client.log_artifact(parent_id, str(path))
     client.log_text(parent_id, summary, "summary.md")
-    client.log_table(parent_id, _release_table(verdicts.decisions), "gates-of-variants.json")
+    client.log_table(parent_id, columns_of_release(verdicts.decisions), "gates-of-variants.json")
     for golden_set, lock_sha256 in state["golden_sets"].items():
         _log_golden_set(mlflow, client, parent_id, golden_set, lock_sha256)
     for decision in verdicts.decisions:
@@ -328,43 +329,13 @@ def _record_variant(
             metrics += [(name, value, 0) for name, value in metrics_of(measurement)]
     metrics += block_metrics(release, decision.variant, is_champion=is_champion)
     _log(mlflow, client, run_id, params=params, metrics=metrics)
-    client.log_table(run_id, _table(decision), "gates.json")
+    client.log_table(run_id, columns_of_verdicts(decision), "gates.json")
     client.log_text(run_id, "\n".join(v.line() for v in decision.verdicts) + "\n", "verdicts.txt")
     folder = release.variant(decision.variant)
     if folder.is_dir():
         client.log_artifacts(run_id, str(folder), "items")
     client.set_terminated(run_id)
     return run_id
-
-
-def _release_table(decisions: Iterable[Decision]) -> dict[str, list[Any]]:
-    """The verdicts of all variants, to be read beside other releases'."""
-    merged: dict[str, list[Any]] = {}
-    for decision in decisions:
-        for name, values in _table(decision).items():
-            named = [f"{decision.variant} {gate}" for gate in values] if name == "gate" else values
-            merged.setdefault(name, []).extend(named)
-    return merged
-
-
-def _table(decision: Decision) -> dict[str, list[Any]]:
-    """The verdicts as columns, for the UI's table that compares runs: it groups rows by the first
-    column and shows the second of each run."""
-    rows = [
-        {
-            "gate": v.gate_id,
-            "verdict": str(v.outcome),
-            "variant": v.variant,
-            "metric": v.metric,
-            "observed": v.observed(),
-            "bounds": v.bounds(),
-            "limit": v.allowed(),
-            "n": v.n,
-            "reason": v.reason,
-        }
-        for v in decision.verdicts
-    ]
-    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {"gate": []}
 
 
 def _machine_tags(machine: Mapping[str, Any]) -> dict[str, str]:

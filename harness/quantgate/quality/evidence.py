@@ -192,7 +192,8 @@ class _Work:
             for name, variant in self._variants.items()
             if not paths[name].is_file()
         }
-        progress.step(len(self._variants) - len(wanted), note="distribution reused")
+        if found := len(self._variants) - len(wanted):
+            progress.step(found, note="distribution reused")
         failures = compare_with_reference(
             self.reference.folder,
             wanted,

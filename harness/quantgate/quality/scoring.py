@@ -13,6 +13,7 @@ from typing import Any
 
 from quantgate.files import sha256_of_file, sha256_of_json
 from quantgate.quality.golden import Task
+from quantgate_serve.imports import without
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +72,10 @@ def _digest(module: _Module) -> object:
 
 @cache
 def _load(scorer: str) -> Any:
-    import evaluate
+    # evaluate looks for the pipelines of transformers, and with them come torch's quantizers:
+    # seconds, memory, and warnings on the user's screen, for an evaluator that is not used here.
+    with without("transformers.pipelines"):
+        import evaluate
 
     script = _script(_MODULES[scorer])
     return evaluate.load(str(script), config_name=scorer, keep_in_memory=True)

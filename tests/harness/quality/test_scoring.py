@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -136,3 +139,13 @@ def test_scores_come_back_in_order() -> None:
 
 def test_no_items_have_no_scores() -> None:
     assert score_items("exact_match", [], []) == []
+
+
+def test_scoring_brings_no_quantizers_of_torch_into_the_process() -> None:
+    code = (
+        "import sys; from quantgate.quality import scoring; scoring._load('exact_match'); "
+        "assert not {'torchao', 'transformers.modeling_utils'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
