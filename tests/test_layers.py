@@ -62,9 +62,7 @@ def test_the_server_imports_nothing_of_the_harness() -> None:
     assert offenders(modules_of(SERVER), ("quantgate",)) == []
 
 
-def test_the_harness_imports_only_the_servers_config_and_imports_and_the_teacher_its_offline_entry() -> (
-    None
-):
+def test_the_harness_imports_two_modules_of_the_server_and_its_teacher_a_third() -> None:
     allowed = ("quantgate_serve.config", "quantgate_serve.imports")
     found = [
         f"{path.relative_to(ROOT)}:{line} imports {name}"
