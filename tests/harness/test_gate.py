@@ -109,6 +109,7 @@ def test_a_well_formed_gate_has_a_limit_and_a_direction(
         ({**MEMORY, "max": 2}, "expected memory/peak_bytes.max in B or KiB or"),
         ({**MEMORY, "max": True}, "max"),
         ({**MEMORY, "metric": 3, "max": "2 GiB"}, "metric"),
+        ({**MEMORY, "metric": "divergence/set.same_answer.rate", "max": "2 %"}, "never gated"),
         ({**MEMORY, "max": "2 GiB", "min-n": 3}, 'unknown key "min-n"; expected one of id, metric'),
         ({**MEMORY, "max": "2 GiB", "limt": 3, "maxx": 4}, 'unknown key "maxx"'),
         ({**MEMORY, "max": "2 GiB", "id": "a b"}, "pattern"),

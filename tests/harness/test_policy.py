@@ -94,6 +94,15 @@ def test_context_window_and_kernels_are_the_servers_own_unless_they_are_written(
     assert serving.native_kernels is False
 
 
+def test_a_short_context_is_enough_where_no_load_is_sent(tmp_path: Path) -> None:
+    start, end = GOOD.index("workload:"), GOOD.index("gates:")
+    text = GOOD[:start] + "serving: {max_context: 512}\n" + GOOD[end:]
+    speed = ("speed", "0.99}", "oom")
+    lines = [line for line in text.splitlines() if not any(word in line for word in speed)]
+    policy = load_policy(written(tmp_path, "\n".join(lines)))
+    assert (policy.workload, policy.serving.max_context) == (None, 512)
+
+
 def test_a_gate_without_a_confidence_takes_the_policys(tmp_path: Path) -> None:
     policy = load_policy(written(tmp_path, "confidence: 0.9\n" + GOOD))
     assert [gate.confidence for gate in policy.gates] == [0.9, 0.9, 0.99, 0.9]

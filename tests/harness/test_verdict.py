@@ -646,3 +646,12 @@ def test_what_is_not_measured_is_said_before_what_is_too_fine(policy: Policy) ->
     noisy = measured(scheme="int4-nf4", floors={})
     [decision] = judge_release(policy, noisy, variants=["int8"])
     assert "measured on scheme" in decision.verdicts[0].reason
+
+
+def test_a_part_of_a_set_is_judged_by_sequential_gates_only() -> None:
+    part = dataclasses.replace(paired(0, 0), early_stop="stopped early at 400 of 900 items")
+    verdict = judged(QUALITY, part)
+    assert verdict.outcome is INVALID
+    assert "stopped early at 400 of 900 items" in verdict.reason
+    sequential = gate("quality/set.exact_match", "non_inferiority", margin="9 pt", sequential=True)
+    assert judged(sequential, part).outcome is PASS
