@@ -102,7 +102,7 @@ def _audit(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]
         f"audit {row['scheme']} {row['mb_per_s_per_core']:.0f} MB/s, {row['peak_bytes'] >> 20} MiB "
         f"(wanted {MIN_MB_PER_S:.0f} MB/s, 2 GiB)"
         for row in rows
-        if row["mb_per_s_per_core"] < MIN_MB_PER_S or row["peak_bytes"] > MAX_BYTES
+        if not (row["mb_per_s_per_core"] >= MIN_MB_PER_S and row["peak_bytes"] <= MAX_BYTES)
     ]
     return rows, missed
 
@@ -179,7 +179,8 @@ def _lm_eval(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
         for one in found.sets
         if one.differing_items
     ]
-    if found.speedup < quality_lm_eval.MIN_SPEEDUP:
+    # Written so that NaN misses.
+    if not found.speedup >= quality_lm_eval.MIN_SPEEDUP:
         missed.append(f"lm-eval {found.speedup:.1f} x (wanted {quality_lm_eval.MIN_SPEEDUP:.0f} x)")
     return asdict(found) | {"speedup": found.speedup, "whole_speedup": found.whole_speedup}, missed
 
