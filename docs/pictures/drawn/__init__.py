@@ -1,0 +1,1 @@
+"""One module for each picture of docs/quality.md, over the shapes they share."""
