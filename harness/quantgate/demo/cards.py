@@ -121,7 +121,8 @@ def card_text(task: Task, samples: list[Sample]) -> str:
     counts = "\n".join(f"| `{tag}` | {n} |" for tag, n in sorted(tags.items()))
     first, last = samples[0].index, samples[-1].index
     seed = FIRST_SEED["golden"]
-    clusters = "each document" if task == "prose" else "the phrasing that decides the answer"
+    kind = "each document" if task == "prose" else "the phrasing that decides the answer"
+    num_clusters = len(samples) if task == "prose" else len({made.cluster for made in samples})
     reference = json.loads(REFERENCE_FILE.read_text()) if REFERENCE_FILE.exists() else {}
     choices = f"\nQueues: {', '.join(QUEUES)}.\n" if task == "route" else ""
     return f"""\
@@ -129,7 +130,7 @@ def card_text(task: Task, samples: list[Sample]) -> str:
 
 {SUMMARY[task]}
 {choices}
-- **Size**: {len(samples)} items, every prompt different. A cluster is {clusters}.
+- **Size**: {len(samples)} items, every prompt different, in {num_clusters} clusters: {kind}.
 - **Made by**: `python -m quantgate.demo.golden`, byte for byte the same each time. Golden seeds are
   {seed} to {seed + SEEDS_PER_SPLIT - 1}; this set uses {seed + first} to {seed + last}.
 - **Not in training**: training, calibration and validation own other seed ranges and accept only

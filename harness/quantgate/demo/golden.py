@@ -5,6 +5,7 @@
 
 import argparse
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ SIZES: dict[Task, int] = {
     "lookup": 480,
     "prose": 128,
 }
+# Field scores are judged by phrasing: a second item of one phrasing costs as much as the first item
+# of another, and says less. The other sets are judged by item, or have a cluster for each document.
+MOST_PER_CLUSTER: dict[Task, int] = {"extract": 1}
+# Drawing more of a phrasing than there may be is in vain; a language with too few phrasings shows
+# here. The set of orders takes 2.7 draws an item.
+MOST_DRAWS_PER_ITEM = 8
 CALIBRATION_DOCUMENTS = 128
 # Mostly conversations, as in service; prose keeps the calibration from seeing templates only.
 CALIBRATION_CYCLE: tuple[Task, ...] = (
@@ -31,6 +38,10 @@ class OverlapError(ValueError):
     """A golden prompt could be met in another split."""
 
 
+class TooFewPhrasingsError(ValueError):
+    """The language has too few phrasings for a set of this size."""
+
+
 @dataclass(frozen=True)
 class Disjointness:
     """What `prove_disjoint` looked at."""
@@ -40,14 +51,27 @@ class Disjointness:
 
 
 def golden_samples(task: Task) -> list[Sample]:
-    """The task's golden samples, each prompt once."""
+    """The first golden samples of the task, less what repeats a prompt or too often a phrasing.
+
+    Raises:
+        TooFewPhrasingsError: the draws run out before the set is full.
+    """
+    size, most = SIZES[task], MOST_PER_CLUSTER.get(task, SIZES[task])
     chosen: dict[str, Sample] = {}
-    index = 0
-    while len(chosen) < SIZES[task]:
+    taken: Counter[str] = Counter()
+    for index in range(MOST_DRAWS_PER_ITEM * size):
         made = sample(task, "golden", index)
-        chosen.setdefault(made.prompt, made)
-        index += 1
-    return list(chosen.values())
+        if made.prompt in chosen or taken[made.cluster] == most:
+            continue
+        chosen[made.prompt] = made
+        taken[made.cluster] += 1
+        if len(chosen) == size:
+            return list(chosen.values())
+    raise TooFewPhrasingsError(
+        f"{task}: {MOST_DRAWS_PER_ITEM * size:,} draws gave {len(chosen):,} of {size:,} items, "
+        f"at most {most} of each of {len(taken):,} phrasings. Add phrasings to the lexicon, or "
+        "allow more items of one."
+    )
 
 
 def golden_item(made: Sample) -> dict[str, Any]:

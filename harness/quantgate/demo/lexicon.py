@@ -127,6 +127,16 @@ QUANTITY_CLAUSES = Phrasings(
         "please put down {q} {u} of {i}",
         "what we need is {i} , {q} {u}",
         "{q} {u} of the {i} this time",
+        "for the shop we want {i} , {q} {u}",
+        "{q} {u} is the quantity , {i} is the item",
+        "the order is {q} {u} of {i}",
+        "there are no {i} left , please send {q} {u}",
+        "can I get {q} {u} of {i}",
+        "{i} are sold out here , so add {q} {u}",
+        "a new order , {i} , {q} {u}",
+        "I am looking for {q} {u} of {i}",
+        "{q} {u} , all of them {i}",
+        "note {q} {u} of the {i} on my order",
     ),
 )
 DUE_CLAUSES = Phrasings(
@@ -171,6 +181,14 @@ CUSTOMER_CLAUSES = Phrasings(
         "we order for {c}",
         "the account is {c}",
         "order of {c}",
+        "{c} is the customer",
+        "send the bill to {c}",
+        "best wishes from {c}",
+        "you can charge {c}",
+        "I call for {c}",
+        "{c} will pay the invoice",
+        "on my card it says {c}",
+        "the order came from {c}",
     ),
 )
 

@@ -1,6 +1,7 @@
 """The committed golden sets and calibration documents are what the generator writes."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import quantgate.demo
 from quantgate.demo import golden
 from quantgate.demo.golden import (
     OverlapError,
+    TooFewPhrasingsError,
     golden_samples,
     prove_disjoint,
     write_calibration,
@@ -47,6 +49,39 @@ def test_a_golden_set_has_enough_items_with_unique_ids_and_inputs(name: str, lea
     assert len(items) >= least
     assert len({item["id"] for item in items}) == len(items)
     assert len({json.dumps(item["input"]) for item in items}) == len(items)
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_no_phrasing_has_more_items_than_it_may(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(golden, "MOST_PER_CLUSTER", {"extract": most})
+    samples = golden_samples("extract")
+    assert len(samples) == golden.SIZES["extract"]
+    assert max(Counter(made.cluster for made in samples).values()) == most
+    assert len({made.prompt for made in samples}) == len(samples)
+
+
+def test_the_set_of_orders_has_phrasings_enough_for_its_gate() -> None:
+    """The policy's comment says so: field scores are judged by phrasing."""
+    clusters = {made.cluster for made in golden_samples("extract")}
+    assert len(clusters) == golden.SIZES["extract"]
+
+
+def test_the_samples_taken_are_the_first_that_may_be() -> None:
+    taken = golden_samples("extract")
+    drawn = [sample("extract", "golden", index) for index in range(taken[-1].index + 1)]
+    left_out = {made.index for made in drawn} - {made.index for made in taken}
+    for index in left_out:
+        before = [made.cluster for made in taken if made.index < index]
+        assert drawn[index].cluster in before
+    assert taken == [drawn[made.index] for made in taken]
+
+
+def test_a_set_that_its_phrasings_cannot_fill_is_refused_after_bounded_draws(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(golden, "SIZES", golden.SIZES | {"extract": 560})
+    with pytest.raises(TooFewPhrasingsError, match=r"gave 5\d\d of 560 items, at most 1"):
+        golden_samples("extract")
 
 
 def test_no_golden_prompt_occurs_in_a_replayed_training_stream() -> None:

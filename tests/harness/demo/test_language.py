@@ -1,5 +1,6 @@
 """The order-desk language: what keeps its splits apart, and what its answers look like."""
 
+import hashlib
 import itertools
 import json
 import re
@@ -19,6 +20,15 @@ from quantgate.demo.language import (
 )
 from quantgate.demo.lexicon_route import CLAUSES, QUEUES
 
+# Of the first 50 training samples of each task, as the shipped model saw them.
+DIGESTS_OF_TRAINING: dict[Task, str] = {
+    "extract": "fc5605054de74ea8",
+    "route": "425731d74b7ec00f",
+    "total": "c1057616c34e15c9",
+    "lookup": "7aa3e429aef6a041",
+    "prose": "58e47aa50cee4bf0",
+}
+
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_same_arguments_make_the_same_sample(task: Task) -> None:
@@ -32,6 +42,28 @@ def test_a_known_sample_does_not_change_between_releases() -> None:
         "Bella paid on Friday : 30 : white filters and 5 : panels and 30 : screws . Add it up ."
     )
     assert made.target == "30+5=35+30=65"
+
+
+def test_training_samples_do_not_change_when_held_out_phrasings_are_added(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the shipped model was trained on can be replayed, so a proof on it stays one."""
+    before = [sample("extract", "train", index) for index in range(50)]
+    for name in ("QUANTITY_CLAUSES", "DUE_CLAUSES", "CUSTOMER_CLAUSES"):
+        table = getattr(lexicon, name)
+        more = lexicon.Phrasings(table.seen, (*table.heldout, "{q} {u} {i} {d} {c}"))
+        monkeypatch.setattr(lexicon, name, more)
+    assert [sample("extract", "train", index) for index in range(50)] == before
+
+
+def test_known_training_samples_do_not_change_between_releases() -> None:
+    digests = {
+        task: hashlib.sha256(
+            "".join(repr(sample(task, "train", index)) for index in range(50)).encode()
+        ).hexdigest()[:16]
+        for task in TASKS
+    }
+    assert digests == DIGESTS_OF_TRAINING
 
 
 def test_seed_ranges_of_the_splits_do_not_meet() -> None:
