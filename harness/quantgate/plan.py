@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantgate.errors import UsageError
-from quantgate.machine import choose_device
+from quantgate.machine import choose_device, processor_of
 from quantgate.policy import Policy, Serving
 from quantgate.quality.golden import GoldenSet, find_golden_set, load_golden_set
 from quantgate.quality.results import metrics_of
@@ -72,9 +72,10 @@ class Plan:
             "policy_sha256": self.policy.sha256,
             "source_sha256": self.source.sha256,
             "engine_sha256": engine_sha256(),
+            "processor": processor_of(self.device),
             "device": self.device,
             "variants": list(self.names),
-            "golden_sets": {g.name: g.items_sha256 for g in self.golden_sets},
+            "golden_sets": {g.name: g.items_sha256 for g in self.all_sets},
         }
 
 

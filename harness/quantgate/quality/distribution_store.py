@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantgate.files import sha256_of_json
+from quantgate.machine import processor_of
 from quantgate.policy import SOURCE
 from quantgate.quality.stage import engine_sha256
 from quantgate.quality.teacher import teacher_sha256
@@ -41,7 +42,9 @@ def distribution_paths(
                 "max_tokens": plan.policy.distribution.max_tokens,
                 "dtype": plan.dtype,
                 "device": plan.device,
+                "threads": plan.server.threads,
                 "engine": engine_sha256(),
+                "processor": processor_of(plan.device),
                 "teacher": teacher_sha256(),
                 "scheme": variant.manifest.scheme,
                 "group_size": group_size_of(plan, name),

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from quantgate.errors import MeasurementError
 from quantgate.files import sha256_of_file, sha256_of_json
+from quantgate.machine import processor_of
 from quantgate.measure import Clustered, Measurement, Missing, Scalar
 from quantgate.quality.completions import (
     FULL_BATCHES,
@@ -76,6 +77,7 @@ def measure_served(
             "artifact": model.artifact_sha256,
             "documents": asked,
             "engine": engine_sha256(),
+            "processor": processor_of(servers.options.device),
             "server": servers.options.arguments(),
             "batching": asdict(batching),
             "scoring": _scoring_sha256(),
