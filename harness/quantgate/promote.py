@@ -6,7 +6,6 @@ will hold, so that a crash between the two is visible. Entries are chained by di
 
 from __future__ import annotations
 
-import datetime
 import fcntl
 import getpass
 import json
@@ -24,7 +23,7 @@ from quantgate.files import sha256_of_bytes, sha256_of_json, write_bytes
 from quantgate.measure import Latencies, percentile
 from quantgate.measurements_file import MeasurementSet, read_measurements
 from quantgate.policy import load_policy
-from quantgate.release_folder import RECORDED, ReleaseFolder
+from quantgate.release_folder import RECORDED, ReleaseFolder, timestamp
 from quantgate.variants.manifest import VariantManifest, digest_files, read_manifest, verify
 from quantgate.verdict import judge_release
 from quantgate.verdicts_file import (
@@ -94,7 +93,7 @@ def promote(
         files=dict(manifest.files),
         release=release.release_id,
         verdicts_sha256=verdicts_sha256(verdicts),
-        promoted_at=_now(),
+        promoted_at=timestamp(),
         slo=_baselines(read_measurements(release.measurements), variant),
     )
     with _locked(serving_config):
@@ -226,7 +225,7 @@ def _change(
     after = new.champion.name if new.champion else None
     entries = read_audit(path)
     entry = {
-        "at": _now(),
+        "at": timestamp(),
         "action": action,
         "who": getpass.getuser(),
         "reason": reason,
@@ -272,7 +271,3 @@ def _relative(folder: Path, serving_config: Path) -> str:
     root = serving_config.resolve().parent.parent
     folder = folder.resolve()
     return str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

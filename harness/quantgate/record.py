@@ -18,6 +18,7 @@ from quantgate.drill.results import DrillResult
 from quantgate.errors import QuantgateError, UsageError
 from quantgate.measurements_file import MeasurementSet, VariantMeasurements, read_measurements
 from quantgate.recorded_metrics import block_metrics, metrics_of
+from quantgate.recorded_span import Span, span_of_drill, span_of_release
 from quantgate.release_folder import RECORDED, ReleaseFolder, releases
 from quantgate.report.columns import columns_of_release, columns_of_verdicts
 from quantgate.report.drill import drill_markdown
@@ -150,6 +151,7 @@ def _record(
             variant_run_ids=children,
         )
     children = {}
+    span = span_of_release(state)
     shared = {
         _RELEASE_TAG: release.release_id,
         "policy": verdicts.policy,
@@ -163,6 +165,7 @@ def _record(
     summary = step_summary(verdicts.decisions, title=release.release_id)
     parent = client.create_run(
         experiment_id,
+        start_time=span.start_ms,
         run_name=release.release_id,
         tags=shared
         | {
@@ -182,7 +185,7 @@ def _record(
         "reference": verdicts.reference,
         "champion": verdicts.champion,
     }
-    _log(mlflow, client, parent_id, params=params, metrics=[
+    _log(client, parent_id, span, params=params, metrics=[
         ("release/approved_count", float(len(approved)), 0),
         ("release/variant_count", float(len(verdicts.decisions)), 0),
     ])  # fmt: skip
@@ -191,15 +194,15 @@ def _record(
     client.log_text(parent_id, summary, "summary.md")
     client.log_table(parent_id, columns_of_release(verdicts.decisions), "gates-of-variants.json")
     for golden_set, lock_sha256 in state["golden_sets"].items():
-        _log_golden_set(mlflow, client, parent_id, golden_set, lock_sha256)
+        _log_golden_set(client, parent_id, golden_set, lock_sha256)
     for decision in verdicts.decisions:
         children[decision.variant] = _record_variant(
-            mlflow, client, experiment_id, parent_id, release, decision,
-            measurements.variants.get(decision.variant), shared, params,
+            client, experiment_id, parent_id, release, decision,
+            measurements.variants.get(decision.variant), shared, params, span,
             is_champion=decision.variant == verdicts.champion,
         )  # fmt: skip
     # The parent ends last: a release cut short stays visibly unfinished, and is recorded again.
-    client.set_terminated(parent_id)
+    client.set_terminated(parent_id, end_time=span.end_ms)
     return Recorded(
         tracking_uri=uri,
         experiment=name,
@@ -243,7 +246,10 @@ def _record_drill(mlflow: Any, uri: str, runs: Path, path: Path, result: DrillRe
         "mlflow.note.content": table[:_MAX_TAG_CHARACTERS],
         **_machine_tags(result.machine),
     }
-    run_id: str = client.create_run(experiment_id, run_name=path.parent.name, tags=tags).info.run_id
+    span = span_of_drill(result)
+    run_id: str = client.create_run(
+        experiment_id, start_time=span.start_ms, run_name=path.parent.name, tags=tags
+    ).info.run_id
     metrics = {
         "drill/harmful.count": result.num_harmful,
         "drill/caught.count": result.num_caught,
@@ -257,11 +263,11 @@ def _record_drill(mlflow: Any, uri: str, runs: Path, path: Path, result: DrillRe
     if result.num_benign:
         metrics["drill/false_alarm.rate"] = result.num_blocked / result.num_benign
     metrics |= {f"drill/{layer}_s": took for layer, took in result.seconds_by_layer.items()}
-    _log(mlflow, client, run_id, params={"model": result.source},
+    _log(client, run_id, span, params={"model": result.source},
          metrics=[(key, float(value), 0) for key, value in metrics.items()])  # fmt: skip
     client.log_artifact(run_id, str(path))
     client.log_text(run_id, table, "drill.md")
-    client.set_terminated(run_id)
+    client.set_terminated(run_id, end_time=span.end_ms)
     return Recorded(
         tracking_uri=uri,
         experiment=name,
@@ -281,7 +287,6 @@ def _experiment(client: Any, name: str, *, uri: str, runs: Path) -> str:
 
 
 def _record_variant(
-    mlflow: Any,
     client: Any,
     experiment_id: str,
     parent_id: str,
@@ -290,6 +295,7 @@ def _record_variant(
     measured: VariantMeasurements | None,
     shared: Mapping[str, str],
     release_params: Mapping[str, str],
+    span: Span,
     *,
     is_champion: bool,
 ) -> str:
@@ -310,7 +316,10 @@ def _record_variant(
         tags["artifact_sha256"] = measured.artifact_sha256
         params |= {"scheme": measured.scheme, "artifact": measured.artifact_sha256[:12]}
     run = client.create_run(
-        experiment_id, run_name=f"{decision.variant} {release.release_id}", tags=tags
+        experiment_id,
+        start_time=span.start_ms,
+        run_name=f"{decision.variant} {release.release_id}",
+        tags=tags,
     )
     run_id: str = run.info.run_id
     metrics = [
@@ -328,13 +337,13 @@ def _record_variant(
         for measurement in measured.measurements.values():
             metrics += [(name, value, 0) for name, value in metrics_of(measurement)]
     metrics += block_metrics(release, decision.variant, is_champion=is_champion)
-    _log(mlflow, client, run_id, params=params, metrics=metrics)
+    _log(client, run_id, span, params=params, metrics=metrics)
     client.log_table(run_id, columns_of_verdicts(decision), "gates.json")
     client.log_text(run_id, "\n".join(v.line() for v in decision.verdicts) + "\n", "verdicts.txt")
     folder = release.variant(decision.variant)
     if folder.is_dir():
         client.log_artifacts(run_id, str(folder), "items")
-    client.set_terminated(run_id)
+    client.set_terminated(run_id, end_time=span.end_ms)
     return run_id
 
 
@@ -349,9 +358,9 @@ def _machine_tags(machine: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _log(
-    mlflow: Any,
     client: Any,
     run_id: str,
+    span: Span,
     *,
     params: Mapping[str, str],
     metrics: list[tuple[str, float, int]],
@@ -359,15 +368,15 @@ def _log(
     """One batch: fifty single calls to a SQLite store take 1.4 s."""
     from mlflow.entities import Metric, Param
 
-    now_ms = int(client.get_run(run_id).info.start_time)
+    at_ms = span.start_ms if span.end_ms is None else span.end_ms
     client.log_batch(
         run_id,
-        metrics=[Metric(name, value, now_ms, step) for name, value, step in metrics],
+        metrics=[Metric(name, value, at_ms, step) for name, value, step in metrics],
         params=[Param(name, value) for name, value in params.items()],
     )
 
 
-def _log_golden_set(mlflow: Any, client: Any, run_id: str, name: str, lock_sha256: str) -> None:
+def _log_golden_set(client: Any, run_id: str, name: str, lock_sha256: str) -> None:
     from mlflow.data.code_dataset_source import CodeDatasetSource
     from mlflow.data.meta_dataset import MetaDataset
     from mlflow.entities import DatasetInput, InputTag

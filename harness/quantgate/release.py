@@ -34,7 +34,14 @@ from quantgate.quality.lock import lock_sha256
 from quantgate.quality.overlap import find_overlap
 from quantgate.quality.rendering import Renderer
 from quantgate.reduce import VariantEvidence, reduce_variant
-from quantgate.release_folder import JUDGED, MEASURED, ReleaseFolder, open_release, store_of
+from quantgate.release_folder import (
+    JUDGED,
+    MEASURED,
+    ReleaseFolder,
+    open_release,
+    store_of,
+    timestamp,
+)
 from quantgate.server_pool import ServerPool
 from quantgate.variants.build import Variant
 from quantgate.variants.scheme import CALIBRATED_SCHEMES
@@ -130,7 +137,7 @@ def measure_release(request: ReleaseRequest, progress: Progress) -> ReleaseFolde
             noise_floors=quality.noise_floors,
         ),
     )
-    release.update_state(stage=MEASURED, judged_variants=list(plan.names))
+    release.update_state(stage=MEASURED, measured_at=timestamp(), judged_variants=list(plan.names))
     return release
 
 

@@ -90,6 +90,11 @@ class ReleaseFolder:
         write_json(self.path / RELEASE_NAME, self.read_state() | changes)
 
 
+def timestamp() -> str:
+    """The time now as files say it: UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
 def store_of(runs: Path) -> Path:
     """Where artifacts and results outlive a release, found again by digest."""
     return runs / "store"

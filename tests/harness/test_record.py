@@ -24,6 +24,7 @@ from quantgate.measure import (
 )
 from quantgate.record import embedded_uri, record_drill, record_release, ui_page
 from quantgate.recorded_metrics import metrics_of
+from quantgate.recorded_span import span_of_release
 from quantgate.release import ReleaseResult
 from quantgate.release_folder import JUDGED, RECORDED, releases
 
@@ -49,6 +50,29 @@ def test_a_release_is_one_parent_with_one_child_per_variant(
     for variant in ("bf16", "int4-nf4"):
         assert runs[variant].data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
+
+
+def test_a_run_stands_at_the_time_of_the_measurement_and_not_of_its_recording(
+    release_copy: MiniProject,
+) -> None:
+    release = next(releases(release_copy.runs))
+    (release_copy.runs / "mlflow.db").unlink()
+    # Recorded anew, months after it was measured.
+    release.update_state(
+        started_at="2026-01-02T03:04:05+00:00", measured_at="2026-01-02T03:14:05+00:00"
+    )
+    recorded = record_release(release)
+    client = mlflow.MlflowClient(tracking_uri=recorded.tracking_uri)
+    for run_id in (recorded.run_id, *recorded.variant_run_ids.values()):
+        info = client.get_run(run_id).info
+        assert info.start_time == 1767323045000
+        assert info.end_time - info.start_time == 600_000
+    [peak] = client.get_metric_history(recorded.variant_run_ids["bf16"], "memory/peak_bytes.max")
+    assert peak.timestamp == 1767323645000
+
+
+def test_an_earlier_release_that_does_not_say_when_it_ended_ends_when_it_is_recorded() -> None:
+    assert span_of_release({"started_at": "2026-01-02T03:04:05+00:00"}).end_ms is None
 
 
 def test_how_the_servers_were_started_is_recorded(runs: dict[str, Any]) -> None:
@@ -238,7 +262,7 @@ def test_a_drill_is_one_run_with_its_score_and_its_table(tmp_path: Path) -> None
     )  # fmt: skip
     result = DrillResult(
         policy="p", policy_sha256="0", source="order-desk", source_sha256="1",
-        machine=describe_machine(), taken_at="2026-11-24T10:00:00", seconds=9.0,
+        machine=describe_machine(), taken_at="2026-11-24T10:00:00+00:00", seconds=9.0,
         seconds_by_layer={"audit": 5.0}, rows=rows, blind_gates={}, not_applicable={}, advice={},
     )  # fmt: skip
     path = tmp_path / "drill-p-1" / "drill.json"
@@ -251,6 +275,7 @@ def test_a_drill_is_one_run_with_its_score_and_its_table(tmp_path: Path) -> None
     assert run.data.metrics["drill/audit_s"] == 5.0
     assert run.data.tags["drill"] == "not clean"
     assert run.info.status == "FINISHED"
+    assert (run.info.start_time, run.info.end_time) == (1795514400000, 1795514409000)
     artifacts = tmp_path / "artifacts" / recorded.run_id / "artifacts"
     assert (artifacts / "drill.json").read_bytes() == path.read_bytes()
     assert "| `two` |" in (artifacts / "drill.md").read_text(encoding="utf-8")

@@ -56,6 +56,7 @@ class DrillResult:
     source_sha256: str
     machine: Mapping[str, Any]
     taken_at: str
+    """When it began."""
     seconds: float
     seconds_by_layer: Mapping[str, float]
     """What building, planting and each layer took."""

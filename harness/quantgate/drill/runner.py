@@ -54,12 +54,11 @@ def run_drill(request: DrillRequest, progress: Progress) -> tuple[DrillResult, P
         UsageError: the policy cannot be used, or a fault is not known.
         MeasurementError: a sound variant could not be built, or the reference gave no answers.
     """
-    started = time.perf_counter()
+    started, now = time.perf_counter(), datetime.datetime.now(datetime.UTC)
     faults = _chosen(request.faults)
     plan = make_plan(request.release)
     variants = _build(plan, progress)
     built_s = time.perf_counter() - started
-    now = datetime.datetime.now(datetime.UTC)
     folder = plan.runs / f"drill-{plan.policy.policy}-{now:%Y%m%d-%H%M%S}"
     judged = {name: variants[name] for name in plan.names}
     gauntlet = Gauntlet(plan=plan, folder=folder, variants=variants, progress=progress)
