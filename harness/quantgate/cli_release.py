@@ -147,7 +147,8 @@ def drill(
 ) -> None:
     """Plant known faults into copies of a policy's variants: which would its gates let through?
 
-    Exit code 0 only if every harmful fault was caught and no harmless change was blocked.
+    Exit code 0 only if every harmful fault was caught, and every harmless change judged and none
+    blocked; 3 if nothing is wrong but a harmless change was not judged, or no fault planted.
     Example: quantgate drill gates/policies/demo.cpu.yaml --variants int4-gptq
     """
     from quantgate.drill.runner import DrillRequest, run_drill
@@ -171,7 +172,7 @@ def drill(
         typer.echo(drill_markdown(result), nl=False)
     else:
         open_console().print(drill_report(result, path=path))
-    raise typer.Exit(0 if result.is_clean else 1)
+    raise typer.Exit(result.exit_code)
 
 
 @release_app.command()

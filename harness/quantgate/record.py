@@ -255,6 +255,7 @@ def _record_drill(mlflow: Any, uri: str, runs: Path, path: Path, result: DrillRe
         "drill/caught.count": result.num_caught,
         "drill/benign.count": result.num_benign,
         "drill/blocked.count": result.num_blocked,
+        "drill/not_judged.count": result.num_not_judged,
         "drill/duration_s": result.seconds,
     }
     # Of no fault at all there is no score, and it is not 0.

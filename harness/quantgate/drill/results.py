@@ -24,6 +24,9 @@ class Caught(StrEnum):
     """A harmless change that no gate minded."""
     BLOCKED = "BLOCKED"
     """A harmless change that a gate minded: a false alarm."""
+    NOT_JUDGED = "not judged"
+    """A harmless change that no gate which passes on the sound variant looked at: it shows
+    nothing, and counts neither way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +82,7 @@ class DrillResult:
 
     @property
     def num_benign(self) -> int:
+        """Harmless changes that were judged."""
         return self.count(Caught.PASSED) + self.num_blocked
 
     @property
@@ -86,9 +90,21 @@ class DrillResult:
         return self.count(Caught.BLOCKED)
 
     @property
+    def num_not_judged(self) -> int:
+        return self.count(Caught.NOT_JUDGED)
+
+    @property
     def is_clean(self) -> bool:
-        """Some fault was caught, none let through, and no harmless change blocked."""
-        return self.num_caught == self.num_harmful > 0 and not self.num_blocked
+        """Some fault was caught, none let through; each harmless change judged, none blocked."""
+        return self.exit_code == 0
+
+    @property
+    def exit_code(self) -> int:
+        """As of a release: 0, 1 where a fault was let through or a harmless change blocked, 3
+        where nothing was shown (a harmless change was not judged, or no fault was caught)."""
+        if self.num_caught < self.num_harmful or self.num_blocked:
+            return 1
+        return 3 if self.num_not_judged or not self.num_caught else 0
 
     def count(self, outcome: Caught) -> int:
         return len(by_outcome(self.rows, outcome))
@@ -100,6 +116,7 @@ def write_drill(path: Path, result: DrillResult) -> None:
         "num_caught": result.num_caught,
         "num_benign": result.num_benign,
         "num_blocked": result.num_blocked,
+        "num_not_judged": result.num_not_judged,
         "is_clean": result.is_clean,
     }
     write_json(path, {"schema_version": SCHEMA_VERSION} | summary | asdict(result))

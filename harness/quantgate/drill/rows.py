@@ -61,8 +61,10 @@ def refused_row(fault: AnyFault, variant: str, refusal: Refused, *, seconds: flo
 
 
 def _outcome(trial: Trial, sound: Sound, *, is_caught: bool) -> Caught:
+    if not trial.fault.is_harmful and not is_caught:
+        return Caught.PASSED if sound.is_judged(trial) else Caught.NOT_JUDGED
     if not trial.fault.is_harmful:
-        return Caught.BLOCKED if is_caught else Caught.PASSED
+        return Caught.BLOCKED
     if is_caught:
         return Caught.CAUGHT
     factor = _kl_factor(trial, sound)
@@ -80,8 +82,9 @@ def _note(trial: Trial, sound: Sound, outcome: Caught, turned: Sequence[Verdict]
         for verdict in sound.turned(trial, layer, Outcome.INCONCLUSIVE)
     ]
     undecided = f"undecided: {', '.join(held)}" if held else ""
+    unseen = "" if sound.is_judged(trial) else sound.why_not_judged(trial)
     why = trial.fault.why_invisible if outcome is not Caught.PASSED else ""
-    return "; ".join(filter(None, (undecided, why)))
+    return "; ".join(filter(None, (undecided, unseen, why)))
 
 
 def _kl_factor(trial: Trial, sound: Sound) -> float | None:

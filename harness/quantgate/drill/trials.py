@@ -69,6 +69,18 @@ class Sound:
             and sound[verdict.gate_id].outcome is Outcome.PASS
         ]
 
+    def is_judged(self, trial: Trial) -> bool:
+        """Whether any gate that passes on the sound variant looked at it."""
+        return any(self.turned(trial, layer, *Outcome) for layer in LAYERS)
+
+    def why_not_judged(self, trial: Trial) -> str:
+        """Which gates are missing, of a trial that is not judged."""
+        blind = [v.gate_id for verdicts in trial.verdicts.values() for v in verdicts]
+        if blind:
+            return f"not judged: {', '.join(blind)} do not pass on the sound variant either"
+        layers = " or ".join(trial.layers)
+        return f"not judged: no gate of the policy looks at {layers}, where it could show"
+
     def has_caught(self, trial: Trial) -> bool:
         return any(self.turned(trial, layer, Outcome.FAIL, Outcome.INVALID) for layer in LAYERS)
 

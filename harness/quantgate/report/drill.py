@@ -15,6 +15,7 @@ _STYLES = {
     Caught.CAUGHT: "green",
     Caught.PASSED: "green",
     Caught.NO_EFFECT: "yellow",
+    Caught.NOT_JUDGED: "yellow",
     Caught.LET_THROUGH: "bold red",
     Caught.BLOCKED: "bold red",
 }
@@ -83,7 +84,7 @@ def _cell(row: DrillRow | None) -> str:
     if row is None:
         return "–"
     if row.outcome is not Caught.CAUGHT:
-        loud = row.outcome in (Caught.LET_THROUGH, Caught.BLOCKED)
+        loud = row.outcome in (Caught.LET_THROUGH, Caught.BLOCKED, Caught.NOT_JUDGED)
         return f"**{row.outcome.value}**" if loud else row.outcome.value
     return caught_by(row)
 
@@ -98,11 +99,13 @@ def caught_by(row: DrillRow) -> str:
 
 def score(result: DrillResult) -> str:
     """The two numbers of a drill, in a sentence."""
-    unseen = result.count(Caught.NO_EFFECT)
+    unseen, unjudged = result.count(Caught.NO_EFFECT), result.num_not_judged
     text = (
         f"mutation score {result.num_caught}/{result.num_harmful} harmful faults caught, "
         f"false alarms {result.num_blocked}/{result.num_benign} harmless changes blocked"
     )
+    if unjudged:
+        text += f" and {unjudged} not judged"
     return f"{text}, {unseen} without an effect that could be seen" if unseen else text
 
 
@@ -123,6 +126,9 @@ def _advice(result: DrillResult) -> list[Text]:
         lines.append(
             Text(f"false alarm: {', '.join(row.gates)} blocks {row.fault} in {row.variant}")
         )
+    for row in by_outcome(result.rows, Caught.NOT_JUDGED):
+        # Its note begins with the words of its outcome.
+        lines.append(Text(f"{row.fault} in {row.variant}: {row.note}"))
     for row in by_outcome(result.rows, Caught.NO_EFFECT):
         lines.append(Text(f"no effect: {row.fault} in {row.variant}: {row.note}"))
     return lines

@@ -26,30 +26,36 @@ def result(*rows: DrillRow) -> DrillResult:
 
 
 CAUGHT, PASSED = row(Caught.CAUGHT), row(Caught.PASSED, is_harmful=False)
+BLOCKED = row(Caught.BLOCKED, is_harmful=False)
+NOT_JUDGED = row(Caught.NOT_JUDGED, is_harmful=False)
 
 
 @pytest.mark.parametrize(
-    ("rows", "is_clean", "score", "alarms"),
+    ("rows", "exit_code", "score", "alarms"),
     [
-        ((CAUGHT, PASSED), True, (1, 1), (0, 1)),
-        ((CAUGHT, PASSED, row(Caught.NO_EFFECT)), True, (1, 1), (0, 1)),
-        ((CAUGHT, row(Caught.LET_THROUGH)), False, (1, 2), (0, 0)),
-        ((CAUGHT, row(Caught.BLOCKED, is_harmful=False)), False, (1, 1), (1, 1)),
-        ((PASSED,), False, (0, 0), (0, 1)),
-        ((), False, (0, 0), (0, 0)),
+        ((CAUGHT, PASSED), 0, (1, 1), (0, 1)),
+        ((CAUGHT, PASSED, row(Caught.NO_EFFECT)), 0, (1, 1), (0, 1)),
+        ((CAUGHT, row(Caught.LET_THROUGH)), 1, (1, 2), (0, 0)),
+        ((CAUGHT, BLOCKED), 1, (1, 1), (1, 1)),
+        ((CAUGHT, BLOCKED, NOT_JUDGED), 1, (1, 1), (1, 1)),
+        # What no gate has looked at is no pass, and does not dilute the false alarms either.
+        ((CAUGHT, PASSED, NOT_JUDGED), 3, (1, 1), (0, 1)),
+        ((PASSED,), 3, (0, 0), (0, 1)),
+        ((), 3, (0, 0), (0, 0)),
     ],
 )
-def test_a_drill_is_clean_only_with_a_catch_and_neither_a_miss_nor_a_false_alarm(
-    rows: tuple[DrillRow, ...], is_clean: bool, score: tuple[int, int], alarms: tuple[int, int]
+def test_a_drill_is_clean_only_with_a_catch_no_miss_and_every_harmless_change_judged_and_passed(
+    rows: tuple[DrillRow, ...], exit_code: int, score: tuple[int, int], alarms: tuple[int, int]
 ) -> None:
     found = result(*rows)
-    assert found.is_clean is is_clean
+    assert (found.exit_code, found.is_clean) == (exit_code, exit_code == 0)
     assert (found.num_caught, found.num_harmful) == score
     assert (found.num_blocked, found.num_benign) == alarms
 
 
 def test_drill_json_says_the_score_and_every_row(tmp_path: Path) -> None:
-    write_drill(tmp_path / "drill.json", result(CAUGHT, PASSED))
+    write_drill(tmp_path / "drill.json", result(CAUGHT, PASSED, NOT_JUDGED))
     value = json.loads((tmp_path / "drill.json").read_text(encoding="utf-8"))
-    assert (value["num_caught"], value["num_harmful"], value["is_clean"]) == (1, 1, True)
-    assert [one["outcome"] for one in value["rows"]] == ["caught", "passed"]
+    assert (value["num_caught"], value["num_harmful"], value["is_clean"]) == (1, 1, False)
+    assert (value["num_benign"], value["num_not_judged"]) == (1, 1)
+    assert [one["outcome"] for one in value["rows"]] == ["caught", "passed", "not judged"]

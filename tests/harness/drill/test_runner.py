@@ -33,6 +33,10 @@ AUDIT = """
 gates:
   - {id: weights, metric: audit/weight_error.ratio, test: limit, max: 1.4 x}
 """
+SPEED = """
+gates:
+  - {id: memory, metric: memory/peak_bytes.max, test: limit, max: 2 GiB}
+"""
 DISTRIBUTION = """
 distribution: {golden_set: order-prose, max_tokens: 64}
 gates:
@@ -118,6 +122,51 @@ def test_the_behaviour_layer_sees_a_served_fault_and_no_harmless_change(
         "items-shuffled": (Caught.PASSED, ""),
     }
     assert result.is_clean
+
+
+def test_what_no_gate_of_the_policy_looks_at_is_not_judged_and_a_fault_there_is_let_through(
+    tmp_path: Path,
+) -> None:
+    faults = ("neighbours-weights", "same-again", "items-shuffled", "resharded", "kv-scale")
+    result, _ = drill(tmp_path, AUDIT, faults)
+    assert outcomes(result) == {
+        "neighbours-weights": (Caught.CAUGHT, "audit"),
+        "same-again": (Caught.NOT_JUDGED, ""),
+        "resharded": (Caught.PASSED, ""),
+        "kv-scale": (Caught.LET_THROUGH, ""),
+    }
+    notes = {row.fault: row.note for row in result.rows}
+    assert notes["same-again"].startswith("not judged: no gate of the policy looks at behaviour")
+    assert notes["kv-scale"].startswith("not judged: no gate of the policy looks at distribution")
+    assert result.not_applicable["items-shuffled.bf16"] == "the policy names no golden set"
+    assert (result.exit_code, result.num_benign, result.num_not_judged) == (1, 1, 1)
+
+
+def test_a_policy_of_speed_gates_alone_judges_nothing(tmp_path: Path) -> None:
+    faults = ("stale-cache", "neighbours-weights", "resharded", "same-again")
+    result, _ = drill(tmp_path, SPEED, faults)
+    assert outcomes(result) == {
+        "stale-cache": (Caught.CAUGHT, "digest"),
+        "neighbours-weights": (Caught.LET_THROUGH, ""),
+        "resharded": (Caught.NOT_JUDGED, ""),
+        "same-again": (Caught.NOT_JUDGED, ""),
+    }
+    assert result.exit_code == 1
+    # Where every planted fault is refused before a gate, nothing was let through, and yet nothing
+    # was shown of the gates.
+    result, _ = drill(tmp_path, SPEED, ("stale-cache", "resharded"))
+    assert result.exit_code == 3
+
+
+def test_a_gate_that_does_not_pass_on_the_sound_variant_judges_nothing(tmp_path: Path) -> None:
+    gates = AUDIT.replace("1.4 x", "0.1 x")
+    result, _ = drill(tmp_path, gates, ("neighbours-weights", "resharded"))
+    assert outcomes(result) == {
+        "neighbours-weights": (Caught.LET_THROUGH, ""),
+        "resharded": (Caught.NOT_JUDGED, ""),
+    }
+    reason = "not judged: weights do not pass on the sound variant either"
+    assert {row.note for row in result.rows} == {reason}
 
 
 def test_an_unknown_fault_is_refused_before_anything_is_built(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from quantgate.report.drill import drill_markdown
 def row(fault: str, variant: str, outcome: Caught, *gates: str) -> DrillRow:
     return DrillRow(
         fault=fault, what=f"what {fault} does", variant=variant,
-        is_harmful=outcome not in (Caught.PASSED, Caught.BLOCKED), outcome=outcome,
+        is_harmful=outcome not in (Caught.PASSED, Caught.BLOCKED, Caught.NOT_JUDGED),
+        outcome=outcome,
         layer="audit" if gates else "", gates=gates, verdict="", effect="", seconds=1.0,
+        note="not judged: no gate looks" if outcome is Caught.NOT_JUDGED else "",
     )  # fmt: skip
 
 
@@ -50,3 +52,14 @@ def test_what_is_wrong_stands_out_with_the_gate_to_add() -> None:
     assert "| *twin* (harmless) | what twin does | **BLOCKED** |" in lines
     assert "- let through: quiet in a: what quiet does  add: {id: loud}" in lines
     assert "- b: speed do not pass when it is sound, so they catch nothing" in lines
+
+
+def test_a_harmless_change_that_no_gate_judged_is_listed_and_is_no_pass() -> None:
+    lines = lines_of(
+        row("broken", "a", Caught.CAUGHT, "weights"),
+        row("same", "a", Caught.PASSED),
+        row("other", "a", Caught.NOT_JUDGED),
+    )
+    assert lines[0].endswith("false alarms 0/1 harmless changes blocked and 1 not judged")
+    assert "| *other* (harmless) | what other does | **not judged** |" in lines
+    assert "- other in a: not judged: no gate looks" in lines
