@@ -6,9 +6,10 @@
 scheme, and audits each in a process of its own with one thread. Bytes are the source's, seconds
 the CPU time of the process, and peak memory its own, without files that the kernel has cached.
 
-`reruns` asks a policy's reference (or `--models`) its golden sets again and again at other batch
-sizes and orders, and counts the gates that FAIL, on the reruns and on 5,000 resamples of them.
-Per-item results stay in `--store`, so that a second call only resamples.
+`reruns` asks a policy's source and its quantized variants (or `--models`) the golden sets again and
+again at other batch sizes and orders, each judged against itself, and counts the gates that FAIL,
+on the reruns and on 5,000 resamples of each model's. Per-item results stay in `--store`, so that a
+second call only resamples.
 
 `lm-eval` scores golden sets through the server and with lm-evaluation-harness (`--lm-eval-python`,
 of an environment that has lm_eval[hf]).
@@ -71,8 +72,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a figure is missed")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     parser.add_argument("--policy", type=Path, default=ROOT / "gates/policies/demo.cpu.yaml")
-    parser.add_argument("--models", default="source", help="source, or variants of the policy")
-    parser.add_argument("--reruns", type=int, default=20, help="of each model")
+    parser.add_argument("--models", help="source and variants; default: source and all quantized")
+    parser.add_argument("--reruns", type=int, default=7, help="of each model")
     parser.add_argument("--store", type=Path, default=Path("runs/benchmark-quality"))
     parser.add_argument("--lm-eval-python", type=Path, help="of an environment that has lm_eval")
     options = parser.parse_args()
@@ -118,7 +119,10 @@ def _reruns(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str
     num_reruns = 2 if options.quick else options.reruns
     num_resamples = 200 if options.quick else quality_reruns.RESAMPLES
     rows, missed = [], []
-    for model in _models(plan, options.models.split(","), options.store):
+    names = options.models.split(",") if options.models else _source_and_quantized(plan)
+    if not options.quick and num_reruns * len(names) < quality_reruns.MIN_RERUNS:
+        missed.append(f"{num_reruns * len(names)} reruns (wanted {quality_reruns.MIN_RERUNS})")
+    for model in _models(plan, names):
         runs = quality_reruns.run_all(
             plan, model, quality_reruns.situations(num_reruns + 1), store=options.store / "results"
         )
@@ -126,8 +130,8 @@ def _reruns(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str
         rows.append(asdict(found) | {"situations": [str(run.situation) for run in runs[1:]]})
         num_failed = found.outcomes.get(Outcome.FAIL, 0)
         print(
-            f"reruns {found.model}: {found.reruns} reruns, verdicts {found.outcomes}, "
-            f"items flipped {found.flipped_items}; {found.failed_resamples} of "
+            f"reruns {found.model}: {found.reruns} reruns, verdicts {dict(found.outcomes)}, "
+            f"items flipped {found.flipped_items or 'none'}; {found.failed_resamples} of "
             f"{found.resamples:,} resamples FAIL; "
             f"{found.seconds_per_rerun:.0f} s a rerun"
         )
@@ -138,7 +142,12 @@ def _reruns(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str
     return rows, missed
 
 
-def _models(plan: Plan, names: list[str], store: Path) -> list[ServedModel]:
+def _source_and_quantized(plan: Plan) -> list[str]:
+    quantized = [name for name, spec in plan.policy.variants.items() if spec.scheme != "bf16"]
+    return [SOURCE, *quantized]
+
+
+def _models(plan: Plan, names: list[str]) -> list[ServedModel]:
     source = plan.source
     found = []
     variants = {}

@@ -20,6 +20,7 @@ import numpy as np
 from quantgate.gate import Gate
 from quantgate.measure import Binomial, Clustered, Measurement, PairedBinary
 from quantgate.plan import Plan
+from quantgate.policy import SOURCE, required_gates
 from quantgate.quality.completions import Batching
 from quantgate.quality.distribution_results import reduce_rows
 from quantgate.quality.rendering import RenderedPrompt, Renderer
@@ -33,6 +34,8 @@ from quantgate.verdict import Outcome, judge
 
 SEED = 20_261_124
 RESAMPLES = 5_000
+MIN_RERUNS = 20
+"""Of all models of a policy together."""
 MAX_FAIL_SHARE = 0.01
 _PAIRS = 60
 """Of all pairs of reruns, those whose items are resampled."""
@@ -126,7 +129,7 @@ def run_all(
 
 def judge_runs(plan: Plan, model: str, runs: Sequence[Run], *, num_resamples: int) -> FalseAlarms:
     """Judges each rerun against the first, then resampled pairs of any two."""
-    gates = quality_gates(plan)
+    gates = quality_gates(plan, model)
     first, *others = runs
     outcomes: Counter[str] = Counter()
     failing: Counter[str] = Counter()
@@ -144,7 +147,7 @@ def judge_runs(plan: Plan, model: str, runs: Sequence[Run], *, num_resamples: in
     return FalseAlarms(
         model=model,
         reruns=len(others),
-        flipped_items=dict(flipped),
+        flipped_items={metric: count for metric, count in flipped.items() if count},
         outcomes=dict(outcomes),
         failing_gates={gate: count for gate, count in failing.items() if count},
         resamples=num_resamples,
@@ -153,15 +156,16 @@ def judge_runs(plan: Plan, model: str, runs: Sequence[Run], *, num_resamples: in
     )
 
 
-def quality_gates(plan: Plan) -> list[Gate]:
-    """The policy's gates on quality and validity, of every scheme.
+def quality_gates(plan: Plan, model: str) -> list[Gate]:
+    """The policy's gates on quality and validity of a variant; for the source those of any scheme.
 
     Not those that a model cannot fail or pass against itself: KL in units of the healthy twin's has
     no twin, a smallest KL asks for a difference, and the noise floor is what this measures.
     """
+    gates = plan.policy.gates if model == SOURCE else required_gates(plan.policy, model)
     return [
         gate
-        for gate in plan.policy.gates
+        for gate in gates
         if (name := parse_metric(gate.metric)).section in ("quality", "validity")
         and name.stem != "noise_floor_kl_nats"
         and name.stem != "non_finite"

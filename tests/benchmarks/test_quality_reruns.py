@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from quantgate.gate import Gate
 from quantgate.measure import Binomial, Clustered, PairedBinary, Scalar
+from quantgate.policy import load_policy
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "quality_reruns.py"
 
@@ -82,3 +84,18 @@ def test_a_gate_fails_where_it_would_fail_a_release(
     reruns: Any, rule: Gate, measured: Any, expected: bool
 ) -> None:
     assert reruns.fails(rule, measured) is expected
+
+
+def test_a_variant_is_judged_by_its_own_gates_and_the_source_by_those_of_any_scheme(
+    reruns: Any,
+) -> None:
+    policy = load_policy(SCRIPT.parents[1] / "gates" / "policies" / "demo.cpu.yaml")
+    plan = SimpleNamespace(policy=policy)
+    of_source, of_int8 = (
+        {gate.id for gate in reruns.quality_gates(plan, model)} for model in ("source", "int8-bnb")
+    )
+    assert {"kl-bf16", "kl-int8", "kl-int4", "extract-quality"} <= of_source
+    assert {"kl-int8", "served-int8", "extract-quality"} <= of_int8
+    assert not {"kl-bf16", "kl-int4", "served"} & of_int8
+    # What a model cannot be asked about itself.
+    assert not {"kl-healthy", "is-quantized", "noise-floor", "weights"} & of_source

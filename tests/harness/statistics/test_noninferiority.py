@@ -1,4 +1,4 @@
-"""The interval against published values, a brute-force likelihood, the exact error, and symmetry."""
+"""The interval against published values, brute-force likelihood, the exact error, and symmetry."""
 
 from __future__ import annotations
 
