@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from quantgate_serve import linear
+from quantgate_serve import coded, linear
 from quantgate_serve.attention.interface import AttentionStep
 from quantgate_serve.attention.native_paged import NativeStep
 from quantgate_serve.native.library import LANES, LayerKernels
@@ -119,16 +119,18 @@ class ShortLayer(nn.Module):
             orders = [_pairing(p.weight.shape[0], self.head_dim) for p in projections[:2]]
             self.qkv = linear.join(projections, [*orders, None])
         else:
-            self.qkv = linear.SideBySide(projections)
+            self.qkv = coded.join(projections) or linear.SideBySide(projections)
         del attention.q_proj, attention.k_proj, attention.v_proj, projections
         self.o_proj = linear.prepare(attention.o_proj)
-        self.gate_proj = linear.prepare(mlp.gate_proj)
-        self.up_proj = linear.prepare(mlp.up_proj)
+        self.gated = coded.join([mlp.gate_proj, mlp.up_proj], is_gated=True) or linear.Gated(
+            linear.prepare(mlp.gate_proj), linear.prepare(mlp.up_proj)
+        )
         self.down_proj = linear.prepare(mlp.down_proj)
         self.input_norm = _norm(layer.input_layernorm, kernels)
         self.post_attention_norm = _norm(layer.post_attention_layernorm, kernels)
         self._qkv = self.qkv.forward
         self._o_proj = self.o_proj.forward
+        self._gated = self.gated.forward
         self._down_proj = self.down_proj.forward
 
     def forward(
@@ -145,7 +147,7 @@ class ShortLayer(nn.Module):
         query, key = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
         mixed = self.attend(step, self.index, query, key, value, self.scale)
         x = _add_norm(self.post_attention_norm, hidden, self._o_proj(mixed.reshape(len(x), -1)))
-        change: Tensor = self._down_proj(linear.silu_gate(self.gate_proj, self.up_proj, x))
+        change: Tensor = self._down_proj(self._gated(x))
         return change
 
 

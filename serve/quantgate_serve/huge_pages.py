@@ -37,14 +37,19 @@ def zeros(size: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def collapse_weights(model: nn.Module) -> int:
-    """Move the packed weights of `model` into huge pages; how many 2 MiB the kernel moved."""
+    """Move packed weights and codes of `model` into huge pages; how many 2 MiB were moved."""
     moved = 0
     for module in model.modules():
         if isinstance(module, PackedLinear):
             start = int(torch.ops.mkldnn.data_ptr(module.weight))
             end = start + int(torch.ops.mkldnn._nbytes(module.weight))
-            for address in range(start // _HUGE * _HUGE, end, _HUGE):
-                moved += _collapse(address)
+        elif isinstance(getattr(module, "codes", None), Tensor):  # a quantized Linear of ours
+            start = module.codes.data_ptr()
+            end = start + module.codes.nbytes
+        else:
+            continue
+        for address in range(start // _HUGE * _HUGE, end, _HUGE):
+            moved += _collapse(address)
     return moved
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantgate_serve.coded import CodedLinear
 from quantgate_serve.linear import PackedLinear
 from quantgate_serve.llm_int8 import Int8Linear
 
@@ -64,6 +65,8 @@ def kernel_of(module: Any, device: torch.device) -> Kernel | None:
         return Kernel(f"torch Linear {_short(module.weight.dtype)}")
     if kind is PackedLinear:
         return Kernel("oneDNN packed Linear float32")
+    if kind is CodedLinear:
+        return Kernel(f"quantgate fused {module.name} float32")
     if library == "bitsandbytes":
         return _of_bitsandbytes(module, device)
     if library == "gptqmodel":

@@ -74,6 +74,20 @@ class SideBySide(nn.Module):
         return torch.cat([linear(x) for linear in self.linears], dim=-1)
 
 
+class Gated(nn.Module):
+    """silu(gate(x)) * up(x)."""
+
+    def __init__(self, gate: nn.Module, up: nn.Module) -> None:
+        super().__init__()
+        self.gate, self.up = gate, up
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.gate, PackedLinear) and isinstance(self.up, PackedLinear):
+            return self.up.forward_times(x, self.gate.forward_silu(x))
+        result: Tensor = functional.silu(self.gate(x)) * self.up(x)
+        return result
+
+
 def is_plain(linear: nn.Module) -> bool:
     """An nn.Linear itself: a subclass may hold codes in place of weights."""
     return type(linear) is nn.Linear
@@ -112,14 +126,6 @@ def join(linears: Sequence[nn.Linear], rows: Sequence[Tensor | None]) -> nn.Modu
     if bias is not None:
         joined.bias = nn.Parameter(bias, requires_grad=False)
     return joined
-
-
-def silu_gate(gate: nn.Module, up: nn.Module, x: Tensor) -> Tensor:
-    """silu(gate(x)) * up(x)."""
-    if isinstance(gate, PackedLinear) and isinstance(up, PackedLinear):
-        return up.forward_times(x, gate.forward_silu(x))
-    result: Tensor = functional.silu(gate(x)) * up(x)
-    return result
 
 
 def _bias(linear: nn.Linear) -> Tensor | None:

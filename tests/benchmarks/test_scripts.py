@@ -84,6 +84,20 @@ def test_counting_is_compared_with_a_step(
     assert "of the step" in capsys.readouterr().out
 
 
+def test_decode_steps_of_each_model_are_timed_at_each_batch(
+    script: Script, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = script("quantized_decode")
+    monkeypatch.setattr(module.logging, "disable", lambda *_: None)
+    monkeypatch.setattr(module.torch, "set_num_threads", lambda *_: None)
+    model = script("window")._MODEL
+    module.main([f"demo={model}", "--rounds", "1", "--batches", "1", "3"])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[1] == "| batch | 1 | 3 |"
+    # There is no second way for plain weights.
+    assert [line.split(" |")[0] for line in shown[2:]] == ["| demo"]
+
+
 @pytest.fixture
 def serving(script: Script) -> Any:
     return script("serving")

@@ -39,9 +39,9 @@ def test_a_packed_linear_gives_the_plain_one_s_output(
 def test_a_packed_gate_multiplies_by_silu(x: torch.Tensor) -> None:
     gate, up = make_linear(40, bias=False), make_linear(40, bias=True, seed=1)
     expected = functional.silu(gate(x)) * up(x)
-    found = linear.silu_gate(linear.prepare(gate), linear.prepare(up), x)
+    found = linear.Gated(linear.prepare(gate), linear.prepare(up))(x)
     assert torch.allclose(found, expected, atol=TOLERANCE)
-    assert torch.equal(linear.silu_gate(gate, up, x), expected)
+    assert torch.equal(linear.Gated(gate, up)(x), expected)
 
 
 def test_joined_linears_give_their_outputs_side_by_side(x: torch.Tensor) -> None:

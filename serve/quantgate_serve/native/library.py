@@ -1,4 +1,4 @@
-"""Compiles layer.c once for this CPU, keeps the result, and calls it; or says why torch must do.
+"""Compiles C once for this CPU, keeps the result, and calls layer.c; or says why torch must do.
 
 torch's own threads are used: a second OpenMP runtime would spin against the first one's. So the
 kernels are linked with the runtime that torch has loaded, and there are none where that is unknown.
@@ -24,6 +24,7 @@ from quantgate_serve.kv.storage import KVStorage
 
 _log = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("layer.c")
+CACHE = Path.home() / ".cache" / "quantgate"
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fPIC")
 _TIMEOUT_S = 60
 # What layer.c is written for.
@@ -160,14 +161,14 @@ def can_attend(kv: KVStorage, num_heads: int) -> bool:
 def find_kernels() -> LayerKernels | None:
     """The kernels for this machine, compiled if need be; None, and a line in the log, if not."""
     try:
-        return LayerKernels(build_library("cc", Path.home() / ".cache" / "quantgate"))
+        return LayerKernels(build_library("cc", CACHE))
     except KernelsUnavailableError as error:
         _log.warning("no native kernels, torch computes instead: %s", error)
         return None
 
 
-def build_library(compiler: str, folder: Path) -> Path:
-    """Compile layer.c with `compiler` into `folder`, unless that has been done for this CPU.
+def build_library(compiler: str, folder: Path, source: Path | None = None) -> Path:
+    """Compile `source`, layer.c if None, into `folder`, unless that has been done for this CPU.
 
     Raises:
         KernelsUnavailableError: no compiler, no OpenMP runtime to share, or a failed compilation.
@@ -176,16 +177,18 @@ def build_library(compiler: str, folder: Path) -> Path:
     if runtime is None:
         raise KernelsUnavailableError("which OpenMP runtime is torch's cannot be told")
     version = _run(compiler, "--version")
-    source = _SOURCE.read_text(encoding="utf-8")
-    facts = "\n".join([source, version, *_FLAGS, str(runtime), _describe_cpu()])
-    target = folder / f"layer-{hashlib.sha256(facts.encode()).hexdigest()[:20]}.so"
+    source = source or _SOURCE
+    headers = sorted(source.parent.glob("*.h"))
+    text = "\n".join(path.read_text(encoding="utf-8") for path in [source, *headers])
+    facts = "\n".join([text, version, *_FLAGS, str(runtime), _describe_cpu()])
+    target = folder / f"{source.stem}-{hashlib.sha256(facts.encode()).hexdigest()[:20]}.so"
     if target.is_file():
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as name:
-            made, linked = Path(name) / "layer.o", Path(name) / "layer.so"
-            _run(compiler, *_FLAGS, "-fopenmp", "-c", str(_SOURCE), "-o", str(made))
+            made, linked = Path(name) / "made.o", Path(name) / "made.so"
+            _run(compiler, *_FLAGS, "-fopenmp", "-c", str(source), "-o", str(made))
             # Not -fopenmp: that would bring the compiler's own runtime.
             _run(compiler, "-shared", str(made), str(runtime), "-lm", "-o", str(linked))
             linked.replace(target)
