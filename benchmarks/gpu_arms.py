@@ -291,7 +291,7 @@ def _break_down(loaded: LoadedModel, load: Load, limit_s: float) -> dict[str, fl
     if hasattr(runner, "_upload"):
         runner._upload = clock.wrap("inputs", runner._upload)
     runner._forward = clock.wrap("model", runner._forward)
-    runner._read = clock.wrap("sample", runner._read)
+    runner._choose = clock.wrap("sample", runner._choose)
     count = 0
     begun = perf_counter()
     while engine.has_work and count < 32 and perf_counter() - started < limit_s:

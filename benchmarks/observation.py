@@ -7,6 +7,7 @@ a snapshot is what leaves the engine's process ten times a second.
 
 import argparse
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter, perf_counter_ns
@@ -16,9 +17,10 @@ import torch
 from quantgate_serve.config import ServerSettings
 from quantgate_serve.exposition import Exposition
 from quantgate_serve.metrics import FrontMetrics
+from quantgate_serve.readout import ChunkResult
 from quantgate_serve.request import Request, SamplingParams
-from quantgate_serve.runner import ChunkResult
 from quantgate_serve.startup import build_engine, load_for_serving
+from quantgate_serve.step_meter import Computed
 
 DEMO = Path(__file__).resolve().parents[1] / "harness" / "quantgate" / "demo" / "model"
 BATCH = 64
@@ -45,16 +47,18 @@ def main() -> None:
     step_s = _best_s(engine.step, STEPS // 3)
     plan = engine._scheduler.schedule()
     assert len(plan) == BATCH
-    results = [ChunkResult(chunk, 3, None, []) for chunk in plan]
+    results = [ChunkResult(chunk, 3) for chunk in plan]
     meter, metrics = engine._meter, engine.metrics
 
     def count() -> None:
         started_ns = perf_counter_ns()
-        meter.observe(plan, results, started_ns=started_ns)
+        meter.observe(Computed(plan, results, started_ns, perf_counter_ns()))
+        last_token_ns: Counter[int] = Counter()
         for result in results:
-            request = result.chunk.request
-            metrics.inter_token_s.observe((started_ns - request.last_token_ns) / 1e9)
+            last_token_ns[result.chunk.request.last_token_ns] += 1
             metrics.generation_tokens += 1
+        for then, number in last_token_ns.items():
+            metrics.inter_token_s.observe((started_ns - then) / 1e9, number)
         meter.end(started_ns=started_ns, had_work=True, has_work=True)
 
     exposition = Exposition("demo", lambda: metrics, FrontMetrics())

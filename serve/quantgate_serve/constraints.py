@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantgate_serve.request import Request
+from quantgate_serve.sampling import on_device
 from quantgate_serve.structured import GrammarError
 
 if TYPE_CHECKING:
@@ -48,10 +49,11 @@ class Constraints:
         for index, row in enumerate(rows):
             found = self._allowed(requests[row])[: logits.shape[1]]
             allowed[index, : len(found)] = found
-        masked = logits.clone()
-        forbidden = torch.from_numpy(~allowed).to(logits.device)
-        masked[rows] = masked[rows].masked_fill(forbidden, float("-inf"))
-        return masked
+        forbidden = torch.from_numpy(~allowed)
+        if logits.device.type == "cuda":
+            forbidden = forbidden.pin_memory().to(logits.device, non_blocking=True)
+        at = on_device(rows, logits.device)
+        return logits.index_copy(0, at, logits[at].masked_fill(forbidden, float("-inf")))
 
     def _allowed(self, request: Request) -> "np.ndarray[Any, np.dtype[np.bool_]]":
         """Which token ids may come next, [V] or a little longer."""

@@ -4,7 +4,8 @@ One thread uses it. What a step changed is its result; who is told, and how, is 
 """
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter_ns
 
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 
 from quantgate_serve.admission import Admission, AdmissionLimits
 from quantgate_serve.device_memory import read_memory
+from quantgate_serve.failures import is_out_of_memory, request_error
 from quantgate_serve.finite import NonFiniteLogitsError
 from quantgate_serve.metrics import EngineMetrics
+from quantgate_serve.readout import ChunkResult
 from quantgate_serve.request import (
     FinishReason,
     Priority,
@@ -23,9 +26,9 @@ from quantgate_serve.request import (
     RequestError,
     SamplingParams,
 )
-from quantgate_serve.runner import ChunkResult, Runner
+from quantgate_serve.runner import Collect, Runner
 from quantgate_serve.scheduler import Chunk, Scheduler
-from quantgate_serve.step_meter import StepMeter
+from quantgate_serve.step_meter import Computed, StepMeter
 from quantgate_serve.structured import GrammarError
 
 _log = logging.getLogger(__name__)
@@ -68,6 +71,9 @@ class Engine:
         self._admission = Admission(limits)
         # What has changed since the last step's result.
         self._step = Step()
+        # Computed steps that are not in the books yet: where the runner overlaps, the next one's
+        # computation is the time for that.
+        self._unbooked: list[Computed] = []
         self._gauged_ns = 0
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -107,12 +113,28 @@ class Engine:
         if self._checks_integrity:
             self._scheduler.check_integrity()
 
-    def step(self) -> Step:
-        """Choose a batch, compute it, move the requests on."""
+    @property
+    def overlaps(self) -> bool:
+        """Whether step() has time for something else while the device computes."""
+        return self._runner.overlaps
+
+    def step(self, meanwhile: Callable[[], None] | None = None) -> Step:
+        """Choose a batch, compute it, move the requests on.
+
+        `meanwhile` is called once, while the batch is computed if the runner overlaps; it must not
+        touch the requests.
+        """
         started_ns = perf_counter_ns()
         plan = self._schedule()
-        self._advance(self._compute(plan))
-        self._meter.end(started_ns=started_ns, had_work=bool(plan), has_work=self.has_work)
+        collect = self._launch(plan)
+        self._book()
+        if meanwhile is not None:
+            meanwhile()
+        self._advance(collect())
+        has_work = self._scheduler.has_work
+        if not (self.overlaps and has_work):
+            self._book()
+        self._meter.end(started_ns=started_ns, had_work=bool(plan), has_work=has_work)
         step, self._step = self._step, Step()
         now = perf_counter_ns()
         if now - self._gauged_ns >= _GAUGES_EVERY_NS or not self.has_work:
@@ -171,18 +193,37 @@ class Engine:
             )
             self._finish(request, FinishReason.ERROR)
 
-    def _compute(self, plan: list[Chunk]) -> list[ChunkResult]:
-        """Run `plan`; if that fails, its halves; a request that fails alone is ended."""
+    def _launch(self, plan: list[Chunk]) -> Collect:
+        """Begin to compute `plan`. What is returned waits for it; if it fails, for its halves, and
+        a request that fails alone is ended."""
         if not plan:
-            return []
+            return list
         started = perf_counter_ns()
         try:
-            results = self._runner.run(plan)
-        # The one boundary: whatever a step raises belongs to one request, and the loop goes on.
+            collect = self._runner.launch(plan)
+            if self._runner.overlaps:
+                self._runner.foresee(self._scheduler.foresee(plan))
+        # With the one in _collect the boundary: whatever a step raises belongs to one request, and
+        # the loop goes on.
+        except Exception as error:
+            failure = error
+            return lambda: self._isolate(plan, failure)
+        return lambda: self._collect(plan, collect, started_ns=started)
+
+    def _collect(
+        self, plan: list[Chunk], collect: Collect, *, started_ns: int
+    ) -> list[ChunkResult]:
+        try:
+            results = collect()
         except Exception as error:
             return self._isolate(plan, error)
-        self._meter.observe(plan, results, started_ns=started)
+        self._unbooked.append(Computed(plan, results, started_ns, perf_counter_ns()))
         return results
+
+    def _book(self) -> None:
+        for computed in self._unbooked:
+            self._meter.observe(computed)
+        self._unbooked.clear()
 
     def _isolate(self, plan: list[Chunk], error: Exception) -> list[ChunkResult]:
         is_oom = is_out_of_memory(error)
@@ -196,7 +237,7 @@ class Engine:
             _log.error("a step of %d requests failed", len(plan), exc_info=error)
         if len(plan) == 1:
             request = plan[0].request
-            request.error = _request_error(error, is_oom=is_oom)
+            request.error = request_error(error, is_oom=is_oom)
             if isinstance(error, NonFiniteLogitsError):
                 self._erase(request)
             self._finish(request, FinishReason.ERROR)
@@ -204,7 +245,7 @@ class Engine:
         if is_oom:
             self.metrics.oom_retry += 1
         middle = len(plan) // 2
-        return self._compute(plan[:middle]) + self._compute(plan[middle:])
+        return self._launch(plan[:middle])() + self._launch(plan[middle:])()
 
     def _erase(self, request: Request) -> None:
         """Leave nothing of `request` in the pages that are its own: masked NaN is still NaN."""
@@ -213,39 +254,41 @@ class Engine:
 
     def _advance(self, results: list[ChunkResult]) -> None:
         now = perf_counter_ns()
+        scheduler = self._scheduler
+        # Most requests of a step had their last token at the same time: they are counted at once.
+        last_token_ns: Counter[int] = Counter()
         for result in results:
             request = result.chunk.request
-            self._scheduler.commit(result.chunk)
-            request.prompt_logprobs += result.prompt_logprobs
+            scheduler.commit(result.chunk)
+            if result.prompt_logprobs:
+                request.prompt_logprobs += result.prompt_logprobs
             if result.hidden_sum is not None:
                 _add_hidden(request, result.chunk.start, result.hidden_sum)
             if result.token_id is not None:
-                self._append(request, result, now)
+                if request.first_token_ns:
+                    last_token_ns[request.last_token_ns] += 1
+                self._append(request, result, result.token_id, now)
             elif request.num_uncomputed == 0:  # max_tokens=0 asks for the prompt only
                 request.first_token_ns = now
                 request.embedding = _embedding(request)
                 self._finish(request, FinishReason.LENGTH)
+        for then, count in last_token_ns.items():
+            self.metrics.inter_token_s.observe((now - then) / 1e9, count)
 
-    def _append(self, request: Request, result: ChunkResult, now: int) -> None:
-        token = result.token_id
-        if token is None:
-            return
+    def _append(self, request: Request, result: ChunkResult, token: int, now: int) -> None:
         request.token_ids.append(token)
         if result.logprob is not None:
             request.logprobs.append(result.logprob)
         if request.first_token_ns == 0:
             request.first_token_ns = now
             self.metrics.ttft_s.observe((now - request.arrived_ns) / 1e9)
-        else:
-            self.metrics.inter_token_s.observe((now - request.last_token_ns) / 1e9)
         request.last_token_ns = now
         self.metrics.generation_tokens += 1
         params = request.params
-        if token in request.eos_ids and not params.ignore_eos:
+        if not params.ignore_eos and token in request.eos_ids:
             request.ended_by_eos = True
             self._finish(request, FinishReason.STOP)
-            return
-        if request.num_output >= params.max_tokens:
+        elif len(request.token_ids) - len(request.prompt_ids) >= params.max_tokens:
             self._finish(request, FinishReason.LENGTH)
         elif request.is_streaming:
             self._step.grown.append(request)
@@ -292,29 +335,6 @@ class Engine:
             metrics.cross_tenant_hits = scheduler.prefix_cache.cross_tenant_hits
             metrics.prefix_queries = scheduler.prefix_cache.queried_tokens
             metrics.prefix_hits = scheduler.prefix_cache.hit_tokens
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """CUDA has an exception for it; the CPU allocator raises a RuntimeError that says so."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
-def _request_error(error: Exception, *, is_oom: bool) -> RequestError:
-    if isinstance(error, NonFiniteLogitsError):
-        return RequestError(
-            f"{error} for this request, so there is no token to choose. Other requests are not "
-            "affected; the variant should be measured again.",
-            "non_finite_logits",
-        )
-    if isinstance(error, GrammarError):
-        return RequestError(f"response_format: {error}", "grammar_too_complex")
-    if is_oom:
-        return RequestError(
-            "out of memory: this request does not fit even alone. Shorten it.", "out_of_memory"
-        )
-    return RequestError(f"the model failed on this request: {error}", "engine_error")
 
 
 def _warm_up_request(length: int) -> Request:

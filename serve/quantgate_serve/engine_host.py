@@ -81,9 +81,11 @@ class EngineHost:
         self._engine = engine
         self._channel = channel
         self._requests: dict[int, Request] = {}
-        # How many output tokens of a streaming request the front has.
+        # How many tokens of a streaming request, its prompt's included, the front has.
         self._told: dict[int, int] = {}
         self._refused: list[Request] = []
+        # What the front has not been told of yet: told while the next step is computed.
+        self._untold: Step | None = None
         self._next_metrics_s = 0.0
         self._is_stopping = False
 
@@ -103,9 +105,20 @@ class EngineHost:
             for message in self._channel.receive(idle_s):
                 self._take(message)
             if engine.has_work or self._refused:
-                report = self._report(engine.step())
-                if report is not None:
-                    self._channel.send(report)
+                self._untold = engine.step(self._tell if engine.overlaps else None)
+                # Nobody is kept waiting by a device that has nothing to do.
+                if not (engine.overlaps and engine.has_work):
+                    self._tell()
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell the front of the last step, unless that has been done."""
+        if self._untold is None:
+            return
+        step, self._untold = self._untold, None
+        report = self._report(step)
+        if report is not None:
+            self._channel.send(report)
 
     def _take(self, message: Message) -> None:
         match message:
@@ -144,11 +157,14 @@ class EngineHost:
             return None
         report = StepReport([request.id for request in step.started], [], [], {}, [], metrics)
         for request in step.grown:
-            tokens, logprobs = self._news(request)
-            report.ids += [request.id] * len(tokens)
-            report.tokens += tokens
-            if logprobs:
-                report.logprobs[request.id] = logprobs
+            if request.params.wants_logprobs:
+                tokens, report.logprobs[request.id] = self._news(request)
+            else:
+                tokens = self._new_tokens(request)
+            # One token, but for what a step that was not told of left.
+            for token in tokens:
+                report.ids.append(request.id)
+                report.tokens.append(token)
         for request in ended:
             report.ended.append(
                 Ended(
@@ -164,8 +180,13 @@ class EngineHost:
 
     def _news(self, request: Request) -> tuple[list[int], list[Logprob]]:
         """The output tokens that the front has not been told, with their log-probabilities."""
-        told = self._told.get(request.id, 0)
-        tokens = request.token_ids[request.num_prompt + told :]
-        self._told[request.id] = told + len(tokens)
+        tokens = self._new_tokens(request)
+        told = request.num_output - len(tokens)
         # One for each output token, or none at all.
         return tokens, plain_logprobs(request.logprobs[told:])
+
+    def _new_tokens(self, request: Request) -> list[int]:
+        told = self._told.get(request.id) or len(request.prompt_ids)
+        tokens = request.token_ids[told:]
+        self._told[request.id] = told + len(tokens)
+        return tokens

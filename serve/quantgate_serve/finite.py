@@ -8,13 +8,15 @@ class NonFiniteLogitsError(Exception):
     """The model gave NaN or infinity where a token or a log-probability is read."""
 
 
-def check_finite(logits: Tensor) -> None:
-    """Look at every row of `logits` [N, V]; some, but not all, of a row may be minus infinity.
+def all_finite(logits: Tensor) -> Tensor:
+    """Whether every row of `logits` [N, V] has a finite maximum, [] on their device.
 
-    One pass: a row's maximum is NaN if any of it is.
-
-    Raises:
-        NonFiniteLogitsError: a row has no finite maximum.
+    Some, but not all, of a row may be minus infinity. One pass: a maximum is NaN if any of it is.
     """
-    if not bool(torch.isfinite(logits.amax(dim=-1)).all()):
+    return torch.isfinite(logits.amax(dim=-1)).all()
+
+
+def check_finite(is_finite: bool) -> None:
+    """Raises NonFiniteLogitsError unless `is_finite`."""
+    if not is_finite:
         raise NonFiniteLogitsError("the model gave NaN or infinite logits")

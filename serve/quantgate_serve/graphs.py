@@ -27,16 +27,27 @@ _DENSE_FROM = 8
 
 @dataclass(frozen=True, slots=True)
 class DecodeInputs:
-    """All that a decode step reads, on the device. The order is that of `tensors`."""
+    """All that a decode step reads, on the device: a row [2 + P] of int32 for each sequence.
 
-    ids_B: Tensor
-    position_B: Tensor
-    slot_rows: Tensor  # [B * K], int64
-    table_BP: Tensor
-    length_B: Tensor
+    Its token, its position, its pages. One tensor, so that one copy brings it into a recording.
+    """
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.ids_B, self.position_B, self.slot_rows, self.table_BP, self.length_B)
+    rows_BW: Tensor
+
+    @property
+    def ids_B(self) -> Tensor:
+        return self.rows_BW[:, 0]
+
+    @property
+    def position_B(self) -> Tensor:
+        return self.rows_BW[:, 1]
+
+    @property
+    def table_BP(self) -> Tensor:
+        return self.rows_BW[:, 2:]
+
+    def __len__(self) -> int:
+        return self.rows_BW.shape[0]
 
 
 # Computes logits [B, V] of a decode step.
@@ -102,15 +113,14 @@ class DecodeGraphs:
 
     def run(self, inputs: DecodeInputs) -> Tensor | None:
         """Logits [B, V] of a step, valid until the next call; None where no graph fits."""
-        batch = len(inputs.ids_B)
+        batch = len(inputs)
         index = bisect_left(self._sizes, batch)
         if index == len(self._sizes):
             self.count_miss("batch too large" if self._recorded else "not recorded")
             return None
         size = self._sizes[index]
         static, replay, output = self._recorded[size]
-        for target, source in zip(static.tensors(), inputs.tensors(), strict=True):
-            _fill(target, source, size=size, batch=batch)
+        _fill(static.rows_BW, inputs.rows_BW)
         replay()
         self._metrics.graph_hits = (self._metrics.graph_hits or 0) + 1
         return output[:batch]
@@ -141,12 +151,9 @@ def _pool() -> Any:
     return torch.cuda.graph_pool_handle()
 
 
-def _fill(target: Tensor, source: Tensor, *, size: int, batch: int) -> None:
-    """Copy `batch` sequences into the first rows of `size`, and the first one into the rest."""
-    per_row = len(target) // size  # slot_rows holds K entries of each sequence
-    target_rows = target.view(size, per_row, -1)
-    source_rows = source.view(batch, per_row, -1)
-    width = source_rows.shape[2]
-    target_rows[:batch, :, :width].copy_(source_rows)
-    if batch < size:
-        target_rows[batch:, :, :width].copy_(source_rows[:1].expand(size - batch, -1, -1))
+def _fill(target_SW: Tensor, source_BW: Tensor) -> None:
+    """Copy all sequences into the first rows of the target, and the first one into the rest."""
+    batch, width = source_BW.shape
+    target_SW[:batch, :width].copy_(source_BW)
+    if batch < len(target_SW):
+        target_SW[batch:, :width].copy_(source_BW[:1].expand(len(target_SW) - batch, -1))

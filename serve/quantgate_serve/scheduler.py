@@ -6,7 +6,7 @@ loses is computed again later, in its old place.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
 
@@ -144,6 +144,25 @@ class Scheduler:
             self._seat_waiting(plan, budget, now_ns)
         self._blocked_ns = now_ns if self._waiting else None
         return plan
+
+    def foresee(self, plan: Sequence[Chunk]) -> list[Chunk]:
+        """The decodes that follow `plan`, which is being computed, unless a request ends early.
+
+        The pages that they will need are taken now, while there is one for every running request
+        besides; else nothing is foreseen.
+        """
+        found = []
+        for chunk in plan:
+            request = chunk.request
+            start = chunk.start + chunk.length
+            if not chunk.is_last or request.num_output + 1 >= request.params.max_tokens:
+                continue
+            if start >= len(request.pages) * self.pool.page_size:
+                if self.pool.num_free <= self.num_running:
+                    return []
+                request.pages += self.pool.allocate(1)
+            found.append(Chunk(request, start, 1))
+        return found
 
     def commit(self, chunk: Chunk) -> None:
         """The chunk was computed: its keys and values are in the cache."""

@@ -5,13 +5,24 @@ and whatever else the process did between two steps.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from time import perf_counter_ns
 
 from quantgate_serve.metrics import EngineMetrics
 from quantgate_serve.model_clock import ModelClock
+from quantgate_serve.readout import ChunkResult
 from quantgate_serve.roofline import ModelCost, step_work
-from quantgate_serve.runner import ChunkResult
 from quantgate_serve.scheduler import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A plan that was computed, what it gave, and when."""
+
+    plan: Sequence[Chunk]
+    results: Sequence[ChunkResult]
+    started_ns: int
+    ended_ns: int
 
 
 class StepMeter:
@@ -37,18 +48,19 @@ class StepMeter:
         """What the model has done so far was no step (the warm-up)."""
         self._clock.take_s()
 
-    def observe(
-        self, plan: Sequence[Chunk], results: Sequence[ChunkResult], *, started_ns: int
-    ) -> None:
-        """`plan` was computed, from `started_ns` until now."""
-        metrics = self._metrics
-        metrics.step_s.observe((perf_counter_ns() - started_ns) / 1e9)
-        metrics.step_tokens.observe(sum(chunk.length for chunk in plan))
+    def observe(self, computed: Computed) -> None:
+        """Take a step into the books."""
+        metrics, plan = self._metrics, computed.plan
+        metrics.step_s.observe((computed.ended_ns - computed.started_ns) / 1e9)
+        metrics.step_tokens.observe(sum([chunk.length for chunk in plan]))
         metrics.batch_size.observe(len(plan))
         metrics.batch_fill.observe(len(plan) / self._max_batch_size)
         if self._cost is not None:
             num_rows = sum(
-                (result.token_id is not None) + len(result.prompt_logprobs) for result in results
+                [
+                    (result.token_id is not None) + len(result.prompt_logprobs)
+                    for result in computed.results
+                ]
             )
             work = step_work(
                 self._cost,

@@ -21,7 +21,7 @@ from quantgate_serve.config import ServerSettings
 from quantgate_serve.detokenize import TextStream
 from quantgate_serve.engine_child import EngineThread
 from quantgate_serve.request import Delta, FinishReason, Request
-from quantgate_serve.runner import ChunkResult, Runner
+from quantgate_serve.runner import Collect, Runner
 from quantgate_serve.scheduler import Chunk
 
 MakeRequest = Callable[..., Request]
@@ -187,13 +187,13 @@ def test_an_aborted_request_is_in_no_step_that_begins_after_the_abort_arrived(
     llama_folder: Path, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[list[list[int]]] = []
-    run = Runner.run
+    launch = Runner.launch
 
-    def record(self: Runner, plan: Sequence[Chunk]) -> list[ChunkResult]:
+    def record(self: Runner, plan: Sequence[Chunk]) -> Collect:
         steps.append([chunk.request.prompt_ids for chunk in plan])
-        return run(self, plan)
+        return launch(self, plan)
 
-    monkeypatch.setattr(Runner, "run", record)
+    monkeypatch.setattr(Runner, "launch", record)
 
     async def work() -> None:
         async with running(llama_folder) as (engine, _):
@@ -268,14 +268,14 @@ def test_an_engine_that_hangs_is_ended_and_started_again(
     llama_folder: Path, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
-    run = Runner.run
+    launch = Runner.launch
 
-    def hang(self: Runner, plan: Sequence[Chunk]) -> list[ChunkResult]:
+    def hang(self: Runner, plan: Sequence[Chunk]) -> Collect:
         if any(chunk.request.prompt_ids == [66, 66] for chunk in plan):
             release.wait(30)
-        return run(self, plan)
+        return launch(self, plan)
 
-    monkeypatch.setattr(Runner, "run", hang)
+    monkeypatch.setattr(Runner, "launch", hang)
 
     async def work() -> None:
         async with running(llama_folder, engine_timeout_s=1.0) as (engine, _):

@@ -4,6 +4,7 @@ The decode is plain torch, and a "graph" repeats its forward over the recorded i
 is tested is everything but the kernels, the pinned copies and torch's recording.
 """
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,10 @@ from transformers import AttentionInterface
 
 from quantgate_serve.attention import cuda_paged
 from quantgate_serve.attention.decode_torch import paged_decode_torch
+from quantgate_serve.channel import StepReport, Stop, Submit, asked
 from quantgate_serve.cuda_runner import CudaRunner
 from quantgate_serve.engine import Engine
+from quantgate_serve.engine_host import EngineHost
 from quantgate_serve.graphs import DecodeInputs, Forward, batch_sizes
 from quantgate_serve.kernels import Kernel
 from quantgate_serve.kv.storage import KVStorage
@@ -208,6 +211,160 @@ def test_what_cannot_be_captured_is_served_without_graphs_and_said(
     assert request.num_output == 12
     assert engine.metrics.graph_hits == 0
     assert engine.metrics.graph_misses == {"not recorded": 11}
+
+
+def watch_inputs(runner: CudaRunner, monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
+    """Notes of each step with decodes what its inputs say, and compares that with the requests."""
+    seen: list[list[list[int]]] = []
+    upload = runner._upload
+
+    def watched(readout: Any, decodes: Any, prompts: Any) -> Any:
+        found = upload(readout, decodes, prompts)
+        if decodes:
+            rows = found[0].rows_BW.tolist()
+            for row, chunk in zip(rows, decodes, strict=True):
+                assert row[0] == chunk.request.token_ids[chunk.start]
+                assert row[1] == chunk.start
+                needed = chunk.start // runner._kv.page_size + 1
+                assert row[2 : 2 + needed] == chunk.request.pages[:needed]
+            seen.append(rows)
+        return found
+
+    monkeypatch.setattr(runner, "_upload", watched)
+    return seen
+
+
+def test_inputs_sent_ahead_are_those_of_the_step_whoever_ends_meanwhile(
+    llama_folder: Path,
+    make_cuda: MakeCuda,
+    make_request: Callable[..., Request],
+    prompts: Callable[[int], list[list[int]]],
+    run_all: Callable[[Engine, list[Request]], None],
+    generate: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, runner = make_cuda(llama_folder)
+    runner.record_graphs(PLAIN, max_batch_size=16, capture=repeat_on_replay)
+    watch_inputs(runner, monkeypatch)
+    expected = [generate(llama_folder, prompt, max_tokens=30) for prompt in prompts(24)]
+    requests = [make_request(prompt, max_tokens=30) for prompt in prompts(24)]
+    # Every other one ends by a token of its own that nobody can foresee.
+    for index, (request, tokens) in enumerate(zip(requests, expected, strict=True)):
+        if index % 2:
+            request.params = replace(request.params, ignore_eos=False)
+            request.eos_ids = frozenset([tokens[3 + index]])
+    run_all(engine, requests)
+    for index, (request, tokens) in enumerate(zip(requests, expected, strict=True)):
+        end = tokens.index(tokens[3 + index]) + 1 if index % 2 else 30
+        assert request.output_ids == tokens[:end]
+    assert runner.num_foreseen > 10 * runner.num_built
+
+
+def test_a_request_that_leaves_between_two_steps_is_left_out_of_the_inputs(
+    llama_folder: Path,
+    make_cuda: MakeCuda,
+    make_request: Callable[..., Request],
+    generate: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, runner = make_cuda(llama_folder)
+    seen = watch_inputs(runner, monkeypatch)
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    requests = [make_request(prompt) for prompt in prompts]
+    engine.submit(requests)
+    engine.step()
+    engine.step()
+    engine.abort([requests[1]])
+    joining = make_request([20, 21])
+    engine.submit([joining])
+    while engine.has_work:
+        engine.step()
+        engine._scheduler.check_integrity()
+    assert [len(rows) for rows in seen[:3]] == [3, 2, 3]
+    assert (runner.num_foreseen, runner.num_built) == (len(seen), 0)
+    for request in (requests[0], requests[2], joining):
+        assert request.output_ids == generate(llama_folder, request.prompt_ids)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_failing_steps_and_interruptions_drop_what_was_foreseen_and_change_no_token(
+    seed: int,
+    llama_folder: Path,
+    make_cuda: MakeCuda,
+    make_request: Callable[..., Request],
+    prompts: Callable[[int], list[list[int]]],
+    run_all: Callable[[Engine, list[Request]], None],
+    generate: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = random.Random(seed)
+    engine, runner = make_cuda(
+        llama_folder, kv_tokens=208, prefix_cache=seed % 2 == 0, max_batched_tokens=48
+    )
+    watch_inputs(runner, monkeypatch)
+    collect = runner._collect
+
+    def fail_late(readout: Any, *rest: Any) -> Any:
+        if len(readout.chunks) > 1 and source.random() < 0.2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return collect(readout, *rest)
+
+    monkeypatch.setattr(runner, "_collect", fail_late)
+    requests = [make_request(prompt, max_tokens=40) for prompt in prompts(10)]
+    run_all(engine, requests)
+    for request in requests:
+        assert request.output_ids == generate(llama_folder, request.prompt_ids, max_tokens=40)
+    assert engine.metrics.oom_retry
+    assert engine.metrics.preemptions
+    assert runner.num_foreseen
+    assert runner.num_built
+
+
+def test_the_front_is_told_of_a_step_while_the_next_one_is_computed(
+    llama_folder: Path,
+    make_cuda: MakeCuda,
+    make_request: Callable[..., Request],
+    generate: Callable[..., list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, runner = make_cuda(llama_folder)
+    events: list[str] = []
+    told: list[int] = []
+    launch, collect = runner.launch, runner._collect
+
+    def launched(plan: Any) -> Any:
+        events.append("launch")
+        return launch(plan)
+
+    def collected(*parts: Any) -> Any:
+        events.append("collect")
+        return collect(*parts)
+
+    class Front:
+        """Asks for one request, and stops the engine when it has been answered."""
+
+        def receive(self, _timeout_s: float | None) -> list[Any]:
+            if not events:
+                return [Submit([asked(request)])]
+            return [Stop()] if len(told) == 12 else []
+
+        def send(self, report: StepReport) -> None:
+            events.append("tell")
+            told.extend(report.tokens)
+            for ended in report.ended:
+                told.extend(ended.tokens)
+
+    monkeypatch.setattr(runner, "launch", launched)
+    monkeypatch.setattr(runner, "_collect", collected)
+    request = make_request([5, 6, 7])
+    request.is_streaming = True
+    front: Any = Front()
+    EngineHost(engine, front).run()
+    assert told == generate(llama_folder, [5, 6, 7])
+    assert events[:2] == ["launch", "collect"]
+    assert events[2:-1] == ["launch", "tell", "collect"] * 11
+    assert events[-1] == "tell"  # nothing more to compute: at once
+    assert sum(engine.metrics.step_s.counts) == 12
 
 
 @pytest.mark.parametrize(

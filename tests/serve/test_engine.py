@@ -2,6 +2,7 @@
 
 import random
 import resource
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from quantgate_serve.engine import Engine
 from quantgate_serve.kv.pool import PageIntegrityError
 from quantgate_serve.kv.roots import CacheRoots
 from quantgate_serve.request import FinishReason, Request
-from quantgate_serve.runner import ChunkResult
+from quantgate_serve.runner import Collect
 from quantgate_serve.scheduler import Chunk
 
 MakeEngine = Callable[..., Engine]
@@ -32,12 +33,12 @@ class FailingRunner:
         self._runner = runner
         self._fails = fails
 
-    def run(self, plan: Sequence[Chunk]) -> list[ChunkResult]:
+    def launch(self, plan: Sequence[Chunk]) -> Collect:
         error = self._fails(plan)
         if error is not None:
             raise error
-        results: list[ChunkResult] = self._runner.run(plan)
-        return results
+        collect: Collect = self._runner.launch(plan)
+        return collect
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
@@ -457,6 +458,17 @@ def test_prefixes_are_reused_inside_a_tenant_only(
         hits.append(engine.metrics.prefix_hits)
     assert hits == [0, 0, 48, 96]
     assert engine.metrics.cross_tenant_hits == 0
+
+
+def test_time_without_work_between_two_requests_is_not_busy(
+    make_engine: MakeEngine, make_request: MakeRequest, run_all: RunAll
+) -> None:
+    engine = make_engine()
+    run_all(engine, [make_request([5, 6, 7], max_tokens=2)])
+    before = engine.metrics.busy_s
+    time.sleep(0.3)
+    run_all(engine, [make_request([8, 9], max_tokens=1)])
+    assert engine.metrics.busy_s - before < 0.3
 
 
 def test_the_books_are_checked_at_rest_when_asked_to(

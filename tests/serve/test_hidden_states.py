@@ -89,10 +89,10 @@ def test_an_embedding_that_is_no_number_ends_its_request_alone(
     engine = make_engine(prefix_cache=False)
     run = engine._runner._forward
 
-    def spoil(ordered: Any, *rest: Any) -> torch.Tensor:
-        logits = run(ordered, *rest)
+    def spoil(readout: Any, num_decodes: int) -> torch.Tensor:
+        logits = run(readout, num_decodes)
         taken = engine._runner._hidden_states._taken
-        if taken is not None and any(chunk.request is bad for chunk in ordered):
+        if taken is not None and any(chunk.request is bad for chunk in readout.chunks):
             taken[0] = torch.nan
         return logits
 

@@ -12,12 +12,12 @@ from quantgate_serve.sampling import choose_tokens, token_logprobs, uniform
 
 def draws(logits: torch.Tensor, count: int, **params: float) -> Counter[int]:
     wanted = [SamplingParams(seed=5, **params)] * count  # type: ignore[arg-type]
-    return Counter(choose_tokens(logits.expand(count, -1), wanted, list(range(count))))
+    return Counter(choose_tokens(logits.expand(count, -1), wanted, list(range(count))).tolist())
 
 
 def test_zero_temperature_takes_the_best() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 1.0]])
-    assert choose_tokens(logits, [SamplingParams()] * 2, [0, 0]) == [1, 0]
+    assert choose_tokens(logits, [SamplingParams()] * 2, [0, 0]).tolist() == [1, 0]
 
 
 def test_samples_follow_the_softmax() -> None:
@@ -32,7 +32,7 @@ def test_the_largest_draw_still_gives_a_possible_token(monkeypatch: pytest.Monke
     monkeypatch.setattr(sampling, "uniform", lambda seed, position: 1.0 - 2.0**-53)
     logits = torch.tensor([[0.5, 0.5, 0.0, 0.0]]).log()
     for params in (SamplingParams(temperature=1.0), SamplingParams(temperature=1.0, top_k=3)):
-        assert sampling.choose_tokens(logits, [params], [0]) == [1]
+        assert sampling.choose_tokens(logits, [params], [0]).tolist() == [1]
 
 
 def test_temperature_sharpens() -> None:
@@ -65,8 +65,8 @@ def test_a_request_draws_the_same_whoever_shares_its_batch() -> None:
         SamplingParams(temperature=0.9, top_p=0.9 if seed % 2 else 1.0, seed=seed)
         for seed in range(6)
     ]
-    together = choose_tokens(logits, params, [3] * 6)
-    alone = [choose_tokens(logits[i : i + 1], params[i : i + 1], [3])[0] for i in range(6)]
+    together = choose_tokens(logits, params, [3] * 6).tolist()
+    alone = [choose_tokens(logits[i : i + 1], params[i : i + 1], [3]).tolist()[0] for i in range(6)]
     assert together == alone
 
 

@@ -327,3 +327,39 @@ def test_an_early_end_is_told_to_the_shares() -> None:
             if request.is_finished:
                 ended.append(request.tenant)
     assert ended.count("a") > 3 * ended.count("b")
+
+
+def test_the_decodes_that_follow_a_plan_are_foreseen_with_their_pages() -> None:
+    scheduler = make_scheduler(tokens=40)
+    decoding, ending, prompt = request_of(15), request_of(4, max_tokens=2), request_of(60)
+    for request in (decoding, ending):
+        scheduler.add(request)
+    compute(scheduler, scheduler.schedule())
+    scheduler.add(prompt)
+    plan = scheduler.schedule()
+    assert [(c.request, c.start) for c in plan] == [(decoding, 15), (ending, 4), (prompt, 0)]
+    foreseen = scheduler.foresee(plan)
+    # The one that ends by its length is out, the prompt has tokens left, the other gets a page.
+    assert [(c.request, c.start, c.length) for c in foreseen] == [(decoding, 16, 1)]
+    assert len(decoding.pages) == 2
+    compute(scheduler, plan)
+    scheduler.check_integrity()
+    plan = scheduler.schedule()
+    assert [(c.request, c.start) for c in plan] == [(decoding, 16), (prompt, 38)]
+    foreseen = scheduler.foresee(plan)
+    assert [(c.request, c.start) for c in foreseen] == [(decoding, 17), (prompt, 60)]
+    run_dry(scheduler)
+    assert scheduler.pool.num_used == 0
+
+
+@pytest.mark.parametrize(("num_pages", "is_foreseen"), [(2, False), (3, True)])
+def test_pages_are_taken_ahead_only_while_there_is_one_for_everybody(
+    num_pages: int, is_foreseen: bool
+) -> None:
+    scheduler = make_scheduler(num_pages=num_pages)
+    request = request_of(16)
+    scheduler.add(request)
+    plan = scheduler.schedule()
+    assert bool(scheduler.foresee(plan)) is is_foreseen
+    assert len(request.pages) == 1 + is_foreseen
+    assert scheduler.num_preemptions == 0

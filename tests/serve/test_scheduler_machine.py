@@ -6,6 +6,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from quantgate_serve.kv.pool import PagePool
 from quantgate_serve.kv.prefix import PrefixCache
+from quantgate_serve.page_tables import PageTables
 from quantgate_serve.request import FinishReason, Priority, Request, RequestState, SamplingParams
 from quantgate_serve.scheduler import Chunk, Scheduler, SchedulerLimits
 
@@ -44,6 +45,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.slots: dict[int, Slot] = {}
         self.requests: list[Request] = []
         self.ended: dict[int, FinishReason] = {}
+        # Two rows to begin with, so that they change hands.
+        self.tables = PageTables(width=num_pages, null_page=num_pages, num_rows=2)
+        self.foreseen: list[Chunk] = []
+        self.interrupted: dict[int, int] = {}
 
     @rule(
         length=st.integers(1, 20),
@@ -82,8 +87,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def wait(self, pause_ns: int) -> None:
         self.now_ns += pause_ns
 
-    @rule(fails=st.lists(st.booleans(), max_size=5), stops=st.lists(st.booleans(), max_size=5))
-    def step(self, fails: list[bool], stops: list[bool]) -> None:
+    @rule(
+        fails=st.lists(st.booleans(), max_size=5),
+        stops=st.lists(st.booleans(), max_size=5),
+        foresees=st.booleans(),
+    )
+    def step(self, fails: list[bool], stops: list[bool], foresees: bool) -> None:
         for request in self.scheduler.take_expired():
             assert request.deadline_ns is not None
             assert request.deadline_ns <= self.now_ns
@@ -93,6 +102,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert sum(chunk.length for chunk in plan) <= limits.max_batched_tokens
         assert self.scheduler.num_running <= limits.max_batch_size
         assert len({chunk.request.id for chunk in plan}) == len(plan)
+        self.compare_with_foreseen(plan)
+        rows = self.tables.rows_of([chunk.request for chunk in plan])
+        for row, chunk in zip(rows, plan, strict=True):
+            pages = chunk.request.pages
+            assert self.tables.pages[row, : len(pages)].tolist() == pages
+        self.foreseen = self.scheduler.foresee(plan) if foresees else []
+        self.interrupted = {c.request.id: c.request.num_preemptions for c in self.foreseen}
+        for chunk in self.foreseen:
+            assert chunk.start < len(chunk.request.pages) * PAGE_SIZE
         for index, chunk in enumerate(plan):
             self.compute(chunk)
             if index < len(fails) and fails[index]:
@@ -110,6 +128,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not plan and self.scheduler.has_work:
             assert self.scheduler.wake_ns is not None or self.scheduler.num_preemptions
         self.now_ns += 7
+
+    def compare_with_foreseen(self, plan: list[Chunk]) -> None:
+        """Who was foreseen and still runs with the same pages decodes where it was foreseen to."""
+        planned = {chunk.request.id: chunk for chunk in plan}
+        for chunk in self.foreseen:
+            request = chunk.request
+            found = planned.get(request.id)
+            if found is not None and request.num_preemptions == self.interrupted[request.id]:
+                assert (found.start, found.length) == (chunk.start, 1)
 
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
@@ -161,7 +188,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         steps = 0
         while self.scheduler.has_work:
-            self.step([], [])
+            self.step([], [], steps % 2 == 0)
             self.books_match()
             steps += 1
             assert steps < 3000, "no progress"

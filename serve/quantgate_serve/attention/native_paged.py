@@ -3,25 +3,24 @@
 `NativeStep` is what they need to know of a step; `torch_paged` is the reference.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.native.library import MAX_ROWS, LayerKernels
+from quantgate_serve.step_inputs import StepInputs
 
 
 @dataclass(frozen=True, slots=True)
 class NativeStep:
     """What attention needs to know about one step of T tokens.
 
-    `slots` [T] is page * page_size + offset of each token. `pages` lists the pages of one sequence
-    after another; a row of `blocks` [n, 4] is a token, how many from there on, the position of the
-    first, and where the pages of its sequence begin in `pages`.
+    `slots` [T] is page * page_size + offset of each token. `pages` has the pages of one sequence
+    after another, with room between them; a row of `blocks` [n, 4] is a token, how many from there
+    on, the position of the first, and where the pages of its sequence begin in `pages`.
     """
 
     kernels: LayerKernels
@@ -32,39 +31,25 @@ class NativeStep:
 
 
 def build_step(
-    kernels: LayerKernels,
-    kv: KVStorage,
-    pages: Sequence[Sequence[int]],
-    starts: Sequence[int],
-    lengths: Sequence[int],
-    *,
-    group: int,
+    kernels: LayerKernels, kv: KVStorage, inputs: StepInputs, *, group: int
 ) -> NativeStep:
-    """The step that computes tokens `starts[i]` to `starts[i] + lengths[i]` of each sequence.
-
-    Args:
-        pages: those that each sequence holds, in order.
-        group: query heads on a key head.
-    """
-    held = np.fromiter(map(len, pages), np.int64, len(pages))
-    flat = np.fromiter((page for row in pages for page in row), np.int32, int(held.sum()))
-    offset = np.cumsum(held) - held
-    first, length = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
-    token = np.cumsum(length) - length
-    row, position = _spread(first, length, 1)
-    slots = flat[offset[row] + position // kv.page_size].astype(np.int64) * kv.page_size
-    slots += position % kv.page_size
+    """The step over `inputs`, with `group` query heads on a key head. It reads their table."""
     # Long prompts are cut, so that all threads share them.
     size = max(1, min(MAX_ROWS // group, kv.page_size))
-    row, position = _spread(first, length, size)
-    count = np.minimum(size, first[row] + length[row] - position)
-    blocks = np.stack([token[row] + position - first[row], count, position, offset[row]], axis=1)
+    parts = -(-inputs.lengths // size)
+    row = np.arange(len(parts)).repeat(parts)
+    behind = (np.arange(len(row)) - (parts.cumsum() - parts)[row]) * size
+    blocks = np.empty((len(row), 4), dtype=np.int32)
+    blocks[:, 0] = inputs.firsts[row] + behind
+    blocks[:, 1] = np.minimum(size, inputs.lengths[row] - behind)
+    blocks[:, 2] = inputs.starts[row] + behind
+    blocks[:, 3] = inputs.rows[row] * inputs.table.shape[1]
     return NativeStep(
         kernels,
         kv,
-        torch.from_numpy(slots),
-        torch.from_numpy(flat),
-        torch.from_numpy(blocks.astype(np.int32)),
+        torch.from_numpy(inputs.slots),
+        torch.from_numpy(inputs.table.reshape(-1)),
+        torch.from_numpy(blocks),
     )
 
 
@@ -83,13 +68,3 @@ def attend(
         blocks=step.blocks,
         scale=scale,
     )
-
-
-def _spread(
-    first: NDArray[np.int64], length: NDArray[np.int64], size: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """For each part of `size` positions: the row it belongs to, and where it begins."""
-    parts = -(-length // size)
-    row = np.repeat(np.arange(len(first)), parts)
-    index = np.arange(len(row)) - np.repeat(np.cumsum(parts) - parts, parts)
-    return row, first[row] + index * size

@@ -13,6 +13,10 @@ from quantgate_serve.attention import native_paged
 from quantgate_serve.attention.native_paged import build_step
 from quantgate_serve.kv.storage import KVShape, KVStorage
 from quantgate_serve.native.library import LANES, can_attend, find_kernels
+from quantgate_serve.page_tables import PageTables
+from quantgate_serve.request import Request, SamplingParams
+from quantgate_serve.scheduler import Chunk
+from quantgate_serve.step_inputs import StepInputs, build_inputs
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
 
@@ -52,18 +56,22 @@ class Case:
                 self.kv.keys[1][page, :, offset] = key[:, position]
                 self.kv.values[1][page, :, offset] = value[:, position]
 
+    def inputs(self, rows: list[int]) -> StepInputs:
+        """Those of a step that computes the sequences `rows`."""
+        chunks = []
+        for row in rows:
+            start, length = self.parts[row]
+            request = Request([2] * (start + length), SamplingParams())
+            request.pages = self.pages[row]
+            chunks.append(Chunk(request, start, length))
+        tables = PageTables(width=NUM_PAGES, null_page=NUM_PAGES)
+        return build_inputs(chunks, tables, num_decodes=0, page_size=LANES)
+
     def attend(self, rows: list[int]) -> list[Tensor]:
         """[N, new tokens, D] of each of the sequences `rows`, computed in one step."""
         kernels = find_kernels()
         assert kernels is not None
-        step = build_step(
-            kernels,
-            self.kv,
-            [self.pages[row] for row in rows],
-            [self.parts[row][0] for row in rows],
-            [self.parts[row][1] for row in rows],
-            group=self.group,
-        )
+        step = build_step(kernels, self.kv, self.inputs(rows), group=self.group)
         new = [
             torch.cat(
                 [
@@ -178,7 +186,7 @@ def test_keys_that_lie_elsewhere_than_the_query_are_taken_all_the_same() -> None
     case = Case([(0, 20)], kv_heads=2, group=2, head_dim=16, seed=4)
     kernels = find_kernels()
     assert kernels is not None
-    step = build_step(kernels, case.kv, case.pages, [0], [20], group=2)
+    step = build_step(kernels, case.kv, case.inputs([0]), group=2)
     parts = (case.queries[0], case.keys[0], case.values[0])
     query, key, value = (tensor.transpose(0, 1) for tensor in parts)
     output = native_paged.attend(step, 1, query, key, value, SCALE)
