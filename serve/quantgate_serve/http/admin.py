@@ -2,7 +2,7 @@
 
 from ipaddress import ip_address
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
@@ -11,10 +11,9 @@ from quantgate_serve.http.service import Service
 from quantgate_serve.reload import Reload, ReloadRefusedError
 
 
-def add_admin_routes(app: FastAPI, service: Service, reload: Reload) -> None:
+def add_admin_routes(app: Starlette, service: Service, reload: Reload) -> None:
     """POST /admin/reload: 200 with what serves now, 409 with why the old weights go on serving."""
 
-    @app.post("/admin/reload", include_in_schema=False)
     async def reload_weights(http: HttpRequest) -> Response:
         if http.client is None or not ip_address(http.client.host).is_loopback:
             raise ApiError(
@@ -33,3 +32,5 @@ def add_admin_routes(app: FastAPI, service: Service, reload: Reload) -> None:
                 "how": reloaded.how,
             }
         )
+
+    app.add_route("/admin/reload", reload_weights, methods=["POST"])

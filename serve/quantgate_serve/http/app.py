@@ -3,10 +3,12 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
 
 from quantgate_serve import exposition
 from quantgate_serve.channel import Loaded
@@ -18,41 +20,40 @@ from quantgate_serve.http.errors import ApiError
 from quantgate_serve.http.request_id import RequestIds
 from quantgate_serve.http.service import Service
 
+ErrorForm = Callable[[HttpRequest, Exception], Awaitable[Response]]
 
-def build_app(service: Service) -> FastAPI:
+
+def build_app(service: Service) -> Starlette:
     """The ASGI application over `service`."""
-    # FastAPI's own documentation pages load scripts from elsewhere. A redirect to a path without
-    # the slash would name the host that the client claims to ask.
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
-    _add_probes(app, service)
-    _add_api(app, service)
-    _add_error_forms(app)
-    app.add_middleware(RequestIds)
+    app = Starlette(
+        # The API first: a path is compared with one route after another.
+        routes=[*_api(service), *_probes(service)],
+        middleware=[Middleware(RequestIds)],
+        exception_handlers=_error_forms(),
+    )
+    # A redirect to a path without the slash would name the host that the client claims to ask.
+    app.router.redirect_slashes = False
     return app
 
 
-def _add_probes(app: FastAPI, service: Service) -> None:
-    @app.get("/health")
-    async def health() -> Response:
+def _probes(service: Service) -> list[BaseRoute]:
+    async def health(_: HttpRequest) -> Response:
         if service.engine.is_alive:
             return PlainTextResponse("ok")
         return PlainTextResponse("the engine is not running", status_code=503)
 
-    @app.get("/ready")
-    async def ready() -> Response:
+    async def ready(_: HttpRequest) -> Response:
         if service.is_ready:
             return PlainTextResponse("ready")
         state = "draining" if service.is_draining else "warming up"
         return PlainTextResponse(state, status_code=503, headers={"retry-after": "1"})
 
-    @app.get("/metrics")
     async def metrics(http: HttpRequest) -> Response:
         service.check_operator(http)
         # In a thread: some milliseconds of formatting would hold up every stream.
         text = await asyncio.to_thread(service.exposition.render)
         return Response(text, media_type=exposition.CONTENT_TYPE)
 
-    @app.get("/debug/requests", include_in_schema=False)
     async def debug_requests(http: HttpRequest) -> Response:
         # Where there are keys an operator's is asked for, also of a proxy on this machine.
         if service.needs_key:
@@ -64,29 +65,35 @@ def _add_probes(app: FastAPI, service: Service) -> None:
 
     description = openapi.describe(needs_key=service.needs_key)
 
-    @app.get("/openapi.json")
-    async def openapi_json() -> Response:
+    async def openapi_json(_: HttpRequest) -> Response:
         return JSONResponse(description)
 
+    return [
+        Route("/health", health),
+        Route("/ready", ready),
+        Route("/metrics", metrics),
+        Route("/debug/requests", debug_requests),
+        Route("/openapi.json", openapi_json),
+    ]
 
-def _add_api(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/models")
+
+def _api(service: Service) -> list[BaseRoute]:
     async def models(http: HttpRequest) -> Response:
         service.tenant(http)
         return JSONResponse({"object": "list", "data": [_model_card(service)]})
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str, http: HttpRequest) -> Response:
+    async def model(http: HttpRequest) -> Response:
         service.tenant(http)
-        service.check_model(name)
+        service.check_model(http.path_params["name"])
         return JSONResponse(_model_card(service))
 
-    for path, answer in (
-        ("/v1/completions", completions),
-        ("/v1/chat/completions", chat_completions),
-        ("/v1/embeddings", embeddings),
-    ):
-        app.post(path)(_route(service, answer))
+    return [
+        Route("/v1/completions", _route(service, completions), methods=["POST"]),
+        Route("/v1/chat/completions", _route(service, chat_completions), methods=["POST"]),
+        Route("/v1/embeddings", _route(service, embeddings), methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+    ]
 
 
 def _route(
@@ -120,7 +127,7 @@ def _kernels(loaded: Loaded | None) -> list[responses.Json]:
     ]
 
 
-def _add_error_forms(app: FastAPI) -> None:
+def _error_forms() -> dict[int | type[Exception], ErrorForm]:
     async def api_error(_: HttpRequest, error: Exception) -> Response:
         return error.response() if isinstance(error, ApiError) else _unexpected(error)
 
@@ -137,14 +144,12 @@ def _add_error_forms(app: FastAPI) -> None:
     async def other(_: HttpRequest, error: Exception) -> Response:
         return _unexpected(error)
 
-    forms: dict[type[Exception], Callable[[HttpRequest, Exception], Awaitable[Response]]] = {
+    return {
         ApiError: api_error,
         HTTPException: http_error,
         exchange.ClientGoneError: client_gone,
         Exception: other,
     }
-    for kind, form in forms.items():
-        app.add_exception_handler(kind, form)
 
 
 def _unexpected(error: Exception) -> Response:

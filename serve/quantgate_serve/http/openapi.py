@@ -1,7 +1,7 @@
 """/openapi.json: what each route takes and gives, from the models that check it.
 
 Routes read their bodies themselves, for errors in OpenAI's form, so the description is put together
-here and not by FastAPI.
+here.
 """
 
 from importlib.metadata import PackageNotFoundError, version
