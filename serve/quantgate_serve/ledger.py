@@ -3,8 +3,7 @@
 Knows which engine owes a request, and nothing of how engines come and go.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from time import perf_counter_ns
 
 from quantgate_serve import transcript
@@ -80,8 +79,9 @@ class Ledger:
             logprobs = report.logprobs.get(id, [])
             request.first_token_ns = request.first_token_ns or now
             request.last_token_ns = now
-            with self._detokenizing(request):
-                is_stopped = transcript.grow(request, [token], logprobs[:1])
+            started_ns = perf_counter_ns()
+            is_stopped = transcript.grow(request, [token], logprobs[:1])
+            self._note_detokenized(request, started_ns)
             if is_stopped:
                 self.end(request, FinishReason.STOP)
                 stopped.append(request)
@@ -91,8 +91,9 @@ class Ledger:
         for ended in report.ended:
             request = child.settle(ended.id)
             if request is not None:
-                with self._detokenizing(request):
-                    transcript.end(request, ended)
+                started_ns = perf_counter_ns()
+                transcript.end(request, ended)
+                self._note_detokenized(request, started_ns)
                 self._leave_queue(request)
                 self._note_end(request)
                 transcript.tell(request)
@@ -118,10 +119,7 @@ class Ledger:
         if ids:
             child.send(Abort(ids, reason))
 
-    @contextmanager
-    def _detokenizing(self, request: Request) -> Iterator[None]:
-        started_ns = perf_counter_ns()
-        yield
+    def _note_detokenized(self, request: Request, started_ns: int) -> None:
         if request.text is not None:
             self._front.detokenize_s.observe((perf_counter_ns() - started_ns) / 1e9)
 

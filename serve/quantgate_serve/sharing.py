@@ -215,7 +215,9 @@ class Sharing:
                 if delta.request.error is None:
                     self._keep(flight)
             for follower in followers:
-                _follow(follower, delta.request)
+                # Until the end what grows is in lists and a text that both have.
+                if delta.is_last:
+                    _follow(follower, delta.request)
                 if delta.is_last or follower.is_streaming:
                     _tell(follower, Delta(follower, delta.num_output, delta.text, delta.is_last))
 

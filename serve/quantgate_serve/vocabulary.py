@@ -18,6 +18,8 @@ class Vocabulary:
         # The Rust tokenizer itself: a third of the time of the wrapper's decode.
         self._fast = getattr(tokenizer, "backend_tokenizer", None)
         self.token_text = lru_cache(maxsize=65_536)(self._token_text)
+        # A growing text asks for its last token alone with each that comes (detokenize.py).
+        self._decode_one = lru_cache(maxsize=65_536)(lambda token_id: self._decode([token_id]))
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -41,6 +43,9 @@ class Vocabulary:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
+        return self._decode_one(ids[0]) if len(ids) == 1 else self._decode(ids)
+
+    def _decode(self, ids: Sequence[int]) -> str:
         if self._fast is not None:
             text: str = self._fast.decode(list(ids), skip_special_tokens=True)
             return text

@@ -4,10 +4,12 @@ Runs on the event loop.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request as HttpRequest
+from starlette.types import Receive
 
 from quantgate_serve.admission import (
     QueueFullError,
@@ -36,6 +38,47 @@ class ClientGoneError(Exception):
     """The client closed its connection before the answer was ready."""
 
 
+class Inbox:
+    """What a client's requests have brought since it was last told, in order.
+
+    A step that concerns several of them wakes the client's task once.
+    """
+
+    def __init__(self) -> None:
+        self._deltas: list[Delta] = []
+        self._is_closed = False
+        self._waiting: asyncio.Future[None] | None = None
+
+    def put(self, delta: Delta) -> None:
+        """The listener of each request."""
+        self._deltas.append(delta)
+        self._wake()
+
+    def close(self) -> None:
+        """Nobody will be told: who waits for deltas is told so."""
+        self._is_closed = True
+        self._wake()
+
+    async def take(self) -> list[Delta]:
+        """At least one delta.
+
+        Raises:
+            ClientGoneError: the inbox was closed.
+        """
+        if not self._deltas and not self._is_closed:
+            self._waiting = asyncio.get_running_loop().create_future()
+            await self._waiting
+        if self._is_closed:
+            raise ClientGoneError
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def _wake(self) -> None:
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and not waiting.done():
+            waiting.set_result(None)
+
+
 async def complete(engine: Sharing, requests: Sequence[Request], http: HttpRequest) -> None:
     """Run `requests` to their end.
 
@@ -43,51 +86,45 @@ async def complete(engine: Sharing, requests: Sequence[Request], http: HttpReque
         ApiError: refused, or one of them failed.
         ClientGoneError: the client left; the requests were aborted.
     """
-    done = asyncio.get_running_loop().create_future()
-    missing = len(requests)
-
-    def listen(delta: Delta) -> None:
-        nonlocal missing
-        missing -= delta.is_last
-        if missing == 0 and not done.done():
-            done.set_result(None)
-
+    inbox, missing = Inbox(), len(requests)
     for request in requests:
-        request.listener = listen
+        request.listener = inbox.put
     submit(engine, requests)
-    gone = asyncio.ensure_future(_until_disconnected(http))
     try:
-        await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not done.done():
-            raise ClientGoneError
+        with closing_with(http.receive, inbox):
+            while missing:
+                missing -= sum(delta.is_last for delta in await inbox.take())
     finally:
-        gone.cancel()
-        if not done.done():
+        if missing:
             engine.abort(requests)
     for request in requests:
         if request.error is not None:
             raise api_error(request.error)
 
 
-def open_stream(engine: Sharing, requests: Sequence[Request]) -> AsyncIterator[Delta]:
-    """Queue `requests` now; their deltas come out of the iterator.
+def open_stream(engine: Sharing, requests: Sequence[Request]) -> Inbox:
+    """Queue `requests` now; their deltas come into the inbox.
 
     Raises:
         ApiError: refused.
     """
-    queue: asyncio.Queue[Delta] = asyncio.Queue()
+    inbox = Inbox()
     for request in requests:
         request.is_streaming = True
-        request.listener = queue.put_nowait
+        request.listener = inbox.put
     submit(engine, requests)
-    return _until_last(queue, len(requests))
+    return inbox
 
 
-async def _until_last(queue: asyncio.Queue[Delta], missing: int) -> AsyncIterator[Delta]:
-    while missing:
-        delta = await queue.get()
-        missing -= delta.is_last
-        yield delta
+@contextmanager
+def closing_with(receive: Receive, inbox: Inbox) -> Iterator[None]:
+    """While the block runs, close `inbox` when the client has closed its connection."""
+    gone = asyncio.ensure_future(_until_disconnected(receive))
+    gone.add_done_callback(lambda _: inbox.close())
+    try:
+        yield
+    finally:
+        gone.cancel()
 
 
 def submit(engine: Sharing, requests: Sequence[Request]) -> None:
@@ -110,8 +147,8 @@ def api_error(error: "RequestError") -> ApiError:
     return ApiError(_STATUS_OF.get(error.code, 500), error.message, code=error.code)
 
 
-async def _until_disconnected(http: HttpRequest) -> None:
+async def _until_disconnected(receive: Receive) -> None:
     while True:
-        message = await http.receive()
+        message = await receive()
         if message["type"] == "http.disconnect":
             return

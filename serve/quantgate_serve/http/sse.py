@@ -1,10 +1,12 @@
 """Streaming: deltas as server-sent events, in the forms of completions and of chat."""
 
+import contextlib
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from starlette.responses import StreamingResponse
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from quantgate_serve.http import exchange, responses
@@ -12,6 +14,9 @@ from quantgate_serve.http.protocol import ChatBody, CompletionBody
 from quantgate_serve.request import Delta, Request
 from quantgate_serve.sharing import Sharing
 from quantgate_serve.vocabulary import Vocabulary
+
+# Where the text of an event goes; never part of one.
+_PLACE = "\0"
 
 
 class Form(Protocol):
@@ -116,8 +121,13 @@ class ChatForm:
         }
 
 
-class EventStream(StreamingResponse):
-    """A stream whose requests are aborted when it ends early, however it ends."""
+class EventStream(Response):
+    """A stream whose requests are aborted when it ends early, however it ends.
+
+    What one step brought leaves in one piece.
+    """
+
+    media_type = "text/event-stream"
 
     def __init__(
         self,
@@ -128,54 +138,117 @@ class EventStream(StreamingResponse):
         usage_choices: int | None,
     ) -> None:
         """`usage_choices` is the number of choices of each prompt, None for no usage."""
-        deltas = exchange.open_stream(engine, requests)
-        events = _events(deltas, requests, form, usage_choices=usage_choices)
-        super().__init__(
-            events, media_type="text/event-stream", headers=responses.origin_headers(requests)
-        )
+        # Not Response's own, which would announce the length of a body.
+        self.status_code = 200
+        self.background = None
+        self._inbox = exchange.open_stream(engine, requests)
+        self.init_headers(responses.origin_headers(requests))
         self._engine = engine
         self._requests = requests
+        self._events = Events(requests, form, usage_choices=usage_choices)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        events = self._events
         try:
-            await super().__call__(scope, receive, send)
+            # Who has left hears no more; there is nobody to tell an error either.
+            with (
+                contextlib.suppress(exchange.ClientGoneError),
+                exchange.closing_with(receive, self._inbox),
+            ):
+                await send(
+                    {
+                        "type": "http.response.start",
+                        "status": self.status_code,
+                        "headers": self.raw_headers,
+                    }
+                )
+                piece = events.first()
+                while not events.is_over:
+                    if piece:
+                        await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    piece = events.of(await self._inbox.take())
+                await send({"type": "http.response.body", "body": piece})
         finally:
             self._engine.abort(self._requests)
 
 
-async def _events(
-    deltas: AsyncIterator[Delta],
-    requests: Sequence[Request],
-    form: Form,
-    *,
-    usage_choices: int | None,
-) -> AsyncIterator[bytes]:
-    index_of = {request.id: index for index, request in enumerate(requests)}
-    sent = [0] * len(requests)
-    for index, request in enumerate(requests):
-        first = form.first(index, request)
-        if first is not None:
-            yield _event(form.envelope([first]))
-    async for delta in deltas:
-        if delta.request.error is not None:
-            yield _event(exchange.api_error(delta.request.error).body())
-            break
-        index = index_of[delta.request.id]
-        choice = form.chunk(index, delta, sent[index])
-        sent[index] = delta.num_output
-        # Nothing to say yet: an incomplete character, or what may become a stop string.
+class Events:
+    """The events of one answer, as bytes."""
+
+    def __init__(
+        self, requests: Sequence[Request], form: Form, *, usage_choices: int | None
+    ) -> None:
+        self.is_over = False
+        self._requests = requests
+        self._form = form
+        self._usage_choices = usage_choices
+        self._missing = len(requests)
+        self._index_of = {request.id: index for index, request in enumerate(requests)}
+        # How many tokens of each choice have been sent.
+        self._sent = [0] * len(requests)
+        self._frames = [_frame(form, index, request) for index, request in enumerate(requests)]
+
+    def first(self) -> bytes:
+        """What stands before any token."""
+        chunks = [self._form.first(index, request) for index, request in enumerate(self._requests)]
+        return b"".join(_event(self._form.envelope([chunk])) for chunk in chunks if chunk)
+
+    def of(self, deltas: Sequence[Delta]) -> bytes:
+        """What `deltas` are to the client; with the last of all the end, and `is_over`."""
+        return b"".join(self._of(deltas))
+
+    def _of(self, deltas: Sequence[Delta]) -> Iterator[bytes]:
+        for delta in deltas:
+            if delta.request.error is not None:
+                yield _event(exchange.api_error(delta.request.error).body())
+                self.is_over = True
+                break
+            yield self._chunk(delta)
+            self._missing -= delta.is_last
+        if not self._missing and not self.is_over:
+            self.is_over = True
+            if self._usage_choices is not None:
+                event = self._form.envelope([])
+                event["usage"] = responses.usage(self._requests, num_choices=self._usage_choices)
+                yield _event(event)
+        if self.is_over:
+            yield b"data: [DONE]\n\n"
+
+    def _chunk(self, delta: Delta) -> bytes:
+        """Nothing while there is nothing to say: half a character, or what may be a stop string."""
+        index = self._index_of[delta.request.id]
+        frame, start = self._frames[index], self._sent[index]
+        self._sent[index] = delta.num_output
+        if frame is not None and not delta.is_last:
+            return frame.around(delta.text) if delta.text else b""
+        choice = self._form.chunk(index, delta, start)
         if not (delta.text or delta.is_last or choice["logprobs"] or choice.get("token_ids")):
-            continue
-        event = form.envelope([choice])
+            return b""
+        event = self._form.envelope([choice])
         if delta.is_last:
             event["timings"] = responses.timings([delta.request])
-        yield _event(event)
-    else:
-        if usage_choices is not None:
-            event = form.envelope([])
-            event["usage"] = responses.usage(requests, num_choices=usage_choices)
-            yield _event(event)
-    yield b"data: [DONE]\n\n"
+        return _event(event)
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """An event but for its text: of a hundred tokens ninety-nine differ in nothing else."""
+
+    before: bytes
+    after: bytes
+
+    def around(self, text: str) -> bytes:
+        return self.before + json.dumps(text).encode() + self.after
+
+
+def _frame(form: Form, index: int, request: Request) -> _Frame | None:
+    """None where a chunk has more to say than its text."""
+    choice = form.chunk(index, Delta(request, 0, _PLACE, is_last=False), 0)
+    if choice["logprobs"] is not None or "token_ids" in choice:
+        return None
+    # The model's name stands before the text, and after it nothing that a client or user wrote.
+    before, _, after = _event(form.envelope([choice])).rpartition(json.dumps(_PLACE).encode())
+    return _Frame(before, after)
 
 
 def _event(value: responses.Json | dict[str, dict[str, str | None]]) -> bytes:

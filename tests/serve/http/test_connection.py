@@ -68,6 +68,12 @@ def test_a_second_request_has_the_same_bound(url: str) -> None:
         assert error_of(read_all(connection)) == (408, "request_timeout")
 
 
+def test_an_answer_s_head_and_body_arrive_together(url: str) -> None:
+    with connect(url) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n")
+        assert connection.recv(65536).endswith(b"\r\n\r\nok")
+
+
 def test_a_body_that_does_not_come_is_a_408(url: str) -> None:
     with connect(url) as connection:
         connection.sendall(

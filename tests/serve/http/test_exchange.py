@@ -1,0 +1,75 @@
+"""What waits for a client's task between two of its turns."""
+
+import asyncio
+
+import pytest
+
+from quantgate_serve.http.exchange import ClientGoneError, Inbox, closing_with
+from quantgate_serve.request import Delta, Request, SamplingParams
+
+
+def delta(num_output: int) -> Delta:
+    return Delta(Request([5], SamplingParams()), num_output, "a", False)
+
+
+def test_what_one_step_brings_is_taken_at_once_and_in_order() -> None:
+    async def run() -> list[int]:
+        inbox = Inbox()
+        waiting = asyncio.ensure_future(inbox.take())
+        await asyncio.sleep(0)
+        for count in (1, 2, 3):
+            inbox.put(delta(count))
+        return [found.num_output for found in await waiting]
+
+    assert asyncio.run(run()) == [1, 2, 3]
+
+
+def test_what_came_before_anybody_waited_is_not_lost_nor_told_twice() -> None:
+    async def run() -> None:
+        inbox = Inbox()
+        inbox.put(delta(1))
+        assert len(await inbox.take()) == 1
+        later = asyncio.ensure_future(inbox.take())
+        await asyncio.sleep(0)
+        assert not later.done()
+        inbox.put(delta(2))
+        assert [found.num_output for found in await later] == [2]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("leaves_first", [False, True])
+def test_a_client_that_leaves_ends_the_wait(leaves_first: bool) -> None:
+    async def run() -> None:
+        inbox, left = Inbox(), asyncio.Event()
+
+        async def receive() -> dict[str, str]:
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        with closing_with(receive, inbox):
+            if leaves_first:
+                left.set()
+                for _ in range(3):
+                    await asyncio.sleep(0)
+                inbox.put(delta(1))  # nobody is there to hear it
+            taking = asyncio.ensure_future(inbox.take())
+            await asyncio.sleep(0)
+            left.set()
+            with pytest.raises(ClientGoneError):
+                await asyncio.wait_for(taking, 5)
+
+    asyncio.run(run())
+
+
+def test_what_comes_after_a_cancelled_wait_is_kept() -> None:
+    async def run() -> None:
+        inbox = Inbox()
+        waiting = asyncio.ensure_future(inbox.take())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.sleep(0)
+        inbox.put(delta(1))
+        assert len(await inbox.take()) == 1
+
+    asyncio.run(run())
