@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 from machine import describe_machine
 
-from quantgate_serve import coded
+from quantgate_serve import coded, fused_int8
 from quantgate_serve.config import ServerSettings
 from quantgate_serve.engine import Engine
 from quantgate_serve.request import Request, SamplingParams
@@ -71,7 +71,7 @@ def _build(folder: Path) -> Engine:
 @contextmanager
 def _without_fused() -> Iterator[None]:
     """Inside, quantized Linears load as they were written or by torch alone."""
-    with patch.object(coded, "replace_all"):
+    with patch.object(coded, "replace_all"), patch.object(fused_int8, "fuse_all"):
         yield
 
 

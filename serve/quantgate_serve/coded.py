@@ -6,6 +6,7 @@ for stays as it was loaded.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from torch.nn import functional
 from quantgate_serve.gptq import GptqLinear
 from quantgate_serve.native.quantized import LANES, MAX_PARTS, Codes, Product, QuantizedKernels
 
-_TENSORS = ("codes", "scales", "zeros", "values", "nested", "outer", "bias")
+_TENSORS = ("codes", "scales", "zeros", "outer", "bias")
 
 
 class CodedLinear(nn.Module):
     """y = x W^T + b over FP32 x [..., in]."""
+
+    order: Tensor | None
 
     def __init__(
         self, name: str, codes: Codes, order: Tensor | None, kernels: QuantizedKernels
@@ -118,7 +121,7 @@ def _of_gptq(linear: GptqLinear, kernels: QuantizedKernels) -> CodedLinear | Non
         _tile(halves if torch.equal(halves.float(), scales) else scales),
         zeros=_tile((zeros - zero_offset).to(torch.uint8)),
         zero_offset=zero_offset,
-        values=torch.arange(16, dtype=torch.float32) if linear.is_packed else None,
+        values=_table(tuple(range(16))) if linear.is_packed else None,
         bias=_pad(linear.bias),
     )
     return CodedLinear(
@@ -147,7 +150,7 @@ def _of_bitsandbytes(linear: Any, kernels: QuantizedKernels) -> CodedLinear | No
         outer = state.state2.absmax.float()
         padded = -(-num_out // LANES) * LANES * groups
         nested = {
-            "nested": state.state2.code.float().contiguous(),
+            "nested": _table(tuple(state.state2.code.tolist())),
             "outer": functional.pad(outer, (0, max(0, -(-padded // each) - len(outer)))),
             "outer_shift": each.bit_length() - 1,
             "nested_offset": float(state.offset),
@@ -158,11 +161,17 @@ def _of_bitsandbytes(linear: Any, kernels: QuantizedKernels) -> CodedLinear | No
         group,
         _pack(_tile(codes.t()), 4),
         _tile((scales if state.nested else scales.float()).t()),
-        values=state.code.float().contiguous(),
+        values=_table(tuple(state.code.tolist())),
         bias=_pad(None if linear.bias is None else linear.bias.detach().float()),
         **nested,
     )
     return CodedLinear(str(state.quant_type), part, None, kernels)
+
+
+@cache
+def _table(values: tuple[float, ...]) -> Tensor:
+    """FP32; one for all Linears, so that a cache holds it once."""
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def _tile(columns: Tensor) -> Tensor:

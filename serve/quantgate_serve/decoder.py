@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from quantgate_serve import coded, linear
+from quantgate_serve import coded, fused_int8, linear
 from quantgate_serve.attention.interface import AttentionStep
 from quantgate_serve.attention.native_paged import NativeStep
 from quantgate_serve.native.library import LANES, LayerKernels
@@ -119,11 +119,17 @@ class ShortLayer(nn.Module):
             orders = [_pairing(p.weight.shape[0], self.head_dim) for p in projections[:2]]
             self.qkv = linear.join(projections, [*orders, None])
         else:
-            self.qkv = coded.join(projections) or linear.SideBySide(projections)
+            self.qkv = (
+                coded.join(projections)
+                or fused_int8.join(projections)
+                or linear.SideBySide(projections)
+            )
         del attention.q_proj, attention.k_proj, attention.v_proj, projections
         self.o_proj = linear.prepare(attention.o_proj)
-        self.gated = coded.join([mlp.gate_proj, mlp.up_proj], is_gated=True) or linear.Gated(
-            linear.prepare(mlp.gate_proj), linear.prepare(mlp.up_proj)
+        self.gated = (
+            coded.join([mlp.gate_proj, mlp.up_proj], is_gated=True)
+            or fused_int8.join_gate(mlp.gate_proj, mlp.up_proj)
+            or linear.Gated(linear.prepare(mlp.gate_proj), linear.prepare(mlp.up_proj))
         )
         self.down_proj = linear.prepare(mlp.down_proj)
         self.input_norm = _norm(layer.input_layernorm, kernels)

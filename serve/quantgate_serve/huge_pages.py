@@ -43,9 +43,9 @@ def collapse_weights(model: nn.Module) -> int:
         if isinstance(module, PackedLinear):
             start = int(torch.ops.mkldnn.data_ptr(module.weight))
             end = start + int(torch.ops.mkldnn._nbytes(module.weight))
-        elif isinstance(getattr(module, "codes", None), Tensor):  # a quantized Linear of ours
-            start = module.codes.data_ptr()
-            end = start + module.codes.nbytes
+        elif isinstance(codes := getattr(module, "codes", None), Tensor):  # a quantized Linear
+            start = codes.data_ptr()
+            end = start + codes.nbytes
         else:
             continue
         for address in range(start // _HUGE * _HUGE, end, _HUGE):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from quantgate_serve.coded import CodedLinear
+from quantgate_serve.fused_int8 import FusedInt8Linear
 from quantgate_serve.linear import PackedLinear
 from quantgate_serve.llm_int8 import Int8Linear
 
@@ -71,6 +72,8 @@ def kernel_of(module: Any, device: torch.device) -> Kernel | None:
         return _of_bitsandbytes(module, device)
     if library == "gptqmodel":
         return _of_gptqmodel(module, device)
+    if kind is FusedInt8Linear:
+        return _of_llm_int8("quantgate fused", module.threshold, device)
     if kind is Int8Linear:
         return _of_llm_int8("quantgate", module.threshold, device)
     if kind.__name__ == "GptqLinear":

@@ -9,7 +9,7 @@ import psutil
 import torch
 from transformers import AttentionInterface
 
-from quantgate_serve import coded
+from quantgate_serve import coded, fused_int8
 from quantgate_serve.admission import AdmissionLimits
 from quantgate_serve.attention import cuda_paged
 from quantgate_serve.attention.decode_torch import (
@@ -33,6 +33,7 @@ from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.loading import LoadedModel, UnsupportedModelError, choose_device, load
 from quantgate_serve.metrics import EngineGauges, EngineMetrics
 from quantgate_serve.model_cost import read_cost
+from quantgate_serve.native.int8 import find_int8_kernels
 from quantgate_serve.native.library import LayerKernels, find_kernels
 from quantgate_serve.native.quantized import find_quantized_kernels
 from quantgate_serve.runner import Runner
@@ -63,12 +64,19 @@ def load_for_serving(folder: Path, settings: ServerSettings) -> LoadedModel:
     # On CUDA the runner calls the model itself, in a form that can be recorded.
     if is_cuda:
         return loaded
-    is_quantized = loaded.quantization in ("gptq", "bitsandbytes-4bit")
-    if is_quantized and loaded.dtype == torch.float32 and settings.native_kernels != "off":
-        coded.replace_all(loaded.model, find_quantized_kernels())
+    if loaded.dtype == torch.float32 and settings.native_kernels != "off":
+        _fuse(loaded)
     decoder = build_decoder(loaded.model, attend, _kernels(loaded, settings))
     collapse_weights(decoder)
     return replace(loaded, model=decoder)
+
+
+def _fuse(loaded: LoadedModel) -> None:
+    """Quantized Linears by kernels in C, where there are some."""
+    if loaded.quantization in ("gptq", "bitsandbytes-4bit"):
+        coded.replace_all(loaded.model, find_quantized_kernels())
+    elif loaded.quantization == "bitsandbytes-8bit":
+        fused_int8.fuse_all(loaded.model, find_int8_kernels())
 
 
 def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:

@@ -8,12 +8,22 @@
 
 #define CHUNK 128   /* input channels that are expanded at once: 16 KiB for two tiles */
 #define GROUPS 8    /* groups whose scales are expanded at once */
+#ifdef __AVX512F__ /* sums of so many rows and tiles fit into registers */
 #define DIRECT 8    /* up to so many rows weights go from their codes into the sum */
-#define WIDTH(ROWS) ((ROWS) <= 4 ? 4 : 2) /* tiles of which their sums fit into registers */
-#define MAX_ROWS 12 /* rows of which the sums of two tiles fit into registers */
+#define WIDTH(ROWS) ((ROWS) <= 4 ? 4 : 2)
+#define MAX_ROWS 12 /* rows that an expanded weight of two tiles is multiplied with at once */
+#define FEW_ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8)
+#define SOME_ROWS(X) FEW_ROWS(X) X(9) X(10) X(11) X(12)
+#else
+#define DIRECT 2
+#define WIDTH(ROWS) 2
+#define MAX_ROWS 3
+#define FEW_ROWS(X) X(1) X(2)
+#define SOME_ROWS(X) FEW_ROWS(X) X(3)
+#endif
 #define PASS 96     /* rows for which weights are expanded once */
 /* Below so many products of a weight and a row, expanding counted as four, one thread is faster. */
-#define MIN_PRODUCTS 262144
+#define MIN_PRODUCTS 1048576
 
 /* sums [rows, width, 16] += rows of x times a group of channels, weights going from their codes
  * into the sums. x begins at the group. */
@@ -195,15 +205,13 @@ static void finish(const product *p, const unit *u, const float *sums, int64_t r
         }
 }
 
-#define CASES(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)
-
 static __attribute__((noinline)) void multiply_few(const column *c, const float *x, int64_t stride,
                                                    int rows, int is_packed, float *sums) {
     switch (rows * 2 + is_packed) {
 #define CASE(R) \
     case 2 * R: multiply_direct(c, x, stride, R, WIDTH(R), 0, sums); break; \
     case 2 * R + 1: multiply_direct(c, x, stride, R, WIDTH(R), 1, sums); break;
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+        FEW_ROWS(CASE)
 #undef CASE
     }
 }
@@ -220,7 +228,7 @@ static void multiply_block(const float *x, const float *weights, int64_t n, int 
     switch (rows) {
 #define CASE(R) \
     case R: multiply_rows(x, CHUNK, weights, n, R, sums); break;
-        CASES(CASE)
+        SOME_ROWS(CASE)
 #undef CASE
     }
 }
@@ -287,8 +295,11 @@ static void many_rows(const job *j) {
     }
 }
 
+/* Up to so many rows x is read where it lies, unless it has an order. */
+const int64_t direct_rows = DIRECT;
+
 /* y [rows, num_out] from x [rows, K], both contiguous. `scratch` holds rows * (K rounded up to 128)
- * floats. */
+ * floats, where it is needed. */
 void multiply(const product *p, const float *x, int64_t rows, float *scratch, float *y,
               int64_t threads) {
     int64_t num_in = p->parts[0].num_in, num_out = 0;

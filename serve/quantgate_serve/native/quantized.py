@@ -21,7 +21,6 @@ SOURCE = Path(__file__).with_name("quantized.c")
 LANES = 16
 MAX_PARTS = 3
 _CHUNK = 128
-_DIRECT = 8
 _SCALE_KINDS = {torch.float32: 0, torch.float16: 1, torch.uint8: 2}
 
 
@@ -105,10 +104,12 @@ class QuantizedKernels:
             KernelsUnavailableError: it cannot be loaded.
         """
         try:
-            self._multiply = ctypes.CDLL(str(path)).multiply
+            library = ctypes.CDLL(str(path))
         except OSError as error:
             raise KernelsUnavailableError(f"{path} cannot be loaded: {error}") from error
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        self._direct_rows = integer.in_dll(library, "direct_rows").value
+        self._multiply = library.multiply
         self._multiply.argtypes = [pointer, pointer, integer, pointer, pointer, integer]
         self._multiply.restype = None
 
@@ -117,7 +118,7 @@ class QuantizedKernels:
         rows = len(x)
         y = x.new_empty((rows, product.num_out))
         scratch = None
-        if rows > _DIRECT or product.has_order:
+        if rows > self._direct_rows or product.has_order:
             scratch = x.new_empty(rows * -(-product.num_in // _CHUNK) * _CHUNK)
         self._multiply(
             product.address,

@@ -1,0 +1,188 @@
+"""Calls int8.c: LLM.int8 in one pass, with torch's threads.
+
+Shapes: T rows, K input channels, N output channels in tiles of 16.
+"""
+
+import ctypes
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from quantgate_serve.native.library import CACHE, KernelsUnavailableError, build_library
+
+_log = logging.getLogger(__name__)
+SOURCE = Path(__file__).with_name("int8.c")
+# What int8.c is written for.
+LANES = 16
+MAX_PARTS = 3
+CACHE_LINE = 64
+_LINE_FLOATS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Codes:
+    """One Linear as int8.c reads it. Everything is contiguous and on the CPU.
+
+    Args:
+        codes: [N / 16, K / 4, 16, 4] int8.
+        sums: [N / 16 * 16] int32, 128 times the sum of an output's codes.
+        scales: [N / 16 * 16] FP32, the largest absolute weight of an output.
+        bias: [N / 16 * 16] FP32 or None.
+    """
+
+    num_in: int
+    num_out: int
+    codes: Tensor
+    sums: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "sums", "scales", "bias")),
+        ("num_in", ctypes.c_int64),
+        ("num_out", ctypes.c_int64),
+    )
+
+
+class _Product(ctypes.Structure):
+    _fields_ = (
+        ("parts", _Linear * MAX_PARTS),
+        ("num_parts", ctypes.c_int64),
+        ("is_split", ctypes.c_int64),
+        ("threshold", ctypes.c_float),
+    )
+
+
+class Int8Product:
+    """Linears over one input, ready to be called; keeps their tensors alive."""
+
+    def __init__(self, parts: Sequence[Int8Codes], *, threshold: float, is_split: bool) -> None:
+        """
+        Args:
+            parts: up to three that agree in K.
+            threshold: what an outlier is at least, as FP16 holds it.
+            is_split: outputs are one matrix after another, not side by side.
+        """
+        self._kept = tuple(parts)
+        self.num_in = parts[0].num_in
+        self.sizes = [part.num_out for part in parts]
+        self.num_out = sum(self.sizes)
+        linears = [
+            _Linear(
+                part.codes.data_ptr(),
+                part.sums.data_ptr(),
+                part.scales.data_ptr(),
+                None if part.bias is None else part.bias.data_ptr(),
+                part.num_in,
+                part.num_out,
+            )
+            for part in parts
+        ]
+        self._struct = _Product((_Linear * MAX_PARTS)(*linears), len(parts), is_split, threshold)
+        self.address = ctypes.addressof(self._struct)
+
+
+@dataclass(frozen=True, slots=True)
+class Outliers:
+    """Channels of an input that hold outliers; they add `inputs` times `weights` transposed.
+
+    Args:
+        inputs: [T, channels] FP32.
+        weights: [outputs, channels] FP32 of each part. Each begins at a cache line, as a tensor of
+            its own would: with one row MKL's order of summation depends on that.
+    """
+
+    inputs: Tensor
+    weights: list[Tensor]
+
+
+class NotFiniteError(Exception):
+    """An input is not finite in FP16, where the kernels round otherwise than torch."""
+
+
+class Int8Kernels:
+    """The functions of int8.c over tensors."""
+
+    def __init__(self, path: Path) -> None:
+        """`path` is the compiled library.
+
+        Raises:
+            KernelsUnavailableError: it cannot be loaded, or this CPU has no VNNI.
+        """
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise KernelsUnavailableError(f"{path} cannot be loaded: {error}") from error
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        library.is_supported.restype = integer
+        if not library.is_supported():
+            raise KernelsUnavailableError("LLM.int8 needs a CPU with AVX-512 and VNNI")
+        self._multiply, self._pick = library.multiply, library.pick
+        self._multiply.argtypes = [pointer, pointer, integer, *[pointer] * 5, integer]
+        self._multiply.restype = integer
+        self._pick.argtypes = [pointer, pointer, integer, pointer, integer, pointer, pointer]
+        self._pick.restype = None
+
+    def multiply(self, product: Int8Product, x: Tensor) -> tuple[Tensor, Outliers | None]:
+        """The rounded `x` [T, K], FP32 and contiguous, times the weights; and what is left out.
+
+        Returns:
+            y [T * N] FP32, as the product is split, and the outliers, if there are any.
+
+        Raises:
+            NotFiniteError: the kernels cannot tell what torch would make of this input.
+        """
+        rows, num_in = x.shape
+        y = x.new_empty(rows * product.num_out)
+        # For the kernels' own use: the codes of x, each row's largest, whether a channel holds any.
+        scratch = torch.empty(rows * (num_in + 2 * CACHE_LINE) + num_in, dtype=torch.uint8)
+        largest = x.new_empty(rows)
+        columns = torch.empty(num_in, dtype=torch.int64)
+        found = self._multiply(
+            product.address,
+            x.data_ptr(),
+            rows,
+            scratch.data_ptr() + num_in,
+            largest.data_ptr(),
+            scratch.data_ptr(),
+            columns.data_ptr(),
+            y.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if found < 0:
+            raise NotFiniteError
+        if found == 0:
+            return y, None
+        inputs = x.new_empty(rows, found)
+        sizes = [num_out * found for num_out in product.sizes]
+        starts = [0, *accumulate(-(-size // _LINE_FLOATS) * _LINE_FLOATS for size in sizes)]
+        weights = x.new_empty(starts[-1])
+        self._pick(
+            product.address,
+            x.data_ptr(),
+            rows,
+            columns.data_ptr(),
+            found,
+            inputs.data_ptr(),
+            weights.data_ptr(),
+        )
+        parts = zip(starts, sizes, strict=False)
+        return y, Outliers(inputs, [weights[a : a + size].view(-1, found) for a, size in parts])
+
+
+@cache
+def find_int8_kernels() -> Int8Kernels | None:
+    """The kernels for this machine, compiled if need be; None, and a line in the log, if not."""
+    try:
+        return Int8Kernels(build_library("cc", CACHE, SOURCE))
+    except KernelsUnavailableError as error:
+        _log.warning("no native kernels for LLM.int8, torch computes instead: %s", error)
+        return None
