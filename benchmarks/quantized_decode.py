@@ -79,7 +79,7 @@ def _rate(engine: Engine, batch: int) -> float:
     """Tokens per second of CPU time of decode steps at `batch`, prompts done before."""
     generator = torch.Generator().manual_seed(batch)
     ids = torch.randint(5, 300, (batch, _PROMPT_TOKENS), generator=generator)
-    params = SamplingParams(max_tokens=_STEPS * 2 + 4, ignore_eos=True)
+    params = SamplingParams(max_tokens=_STEPS + 6, ignore_eos=True)
     engine.submit([Request(row, params) for row in ids.tolist()])
     for _ in range(4):  # prompts, and the first decodes
         engine.step()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantgate_serve.gptq import GptqLinear
-from quantgate_serve.native.quantized import LANES, MAX_PARTS, Codes, Product, QuantizedKernels
+from quantgate_serve.native.quantized import MAX_PARTS, Codes, Product, QuantizedKernels
 
 _TENSORS = ("codes", "scales", "zeros", "outer", "bias")
 
@@ -102,7 +102,7 @@ def code(linear: Any, kernels: QuantizedKernels) -> CodedLinear | None:
 
 
 def _of_gptq(linear: GptqLinear, kernels: QuantizedKernels) -> CodedLinear | None:
-    group, num_out = linear.group_length, linear.out_features
+    group, num_out, lanes = linear.group_length, linear.out_features, kernels.lanes
     if group % 8 != 0:
         return None
     bits, codes = 4 if linear.is_packed else 8, linear.codes
@@ -117,12 +117,12 @@ def _of_gptq(linear: GptqLinear, kernels: QuantizedKernels) -> CodedLinear | Non
         linear.in_features,
         num_out,
         group,
-        _pack(_tile(codes.reshape(-1, num_out)), bits),
-        _tile(halves if torch.equal(halves.float(), scales) else scales),
-        zeros=_tile((zeros - zero_offset).to(torch.uint8)),
+        _pack(_tile(codes.reshape(-1, num_out), lanes), bits),
+        _tile(halves if torch.equal(halves.float(), scales) else scales, lanes),
+        zeros=_tile((zeros - zero_offset).to(torch.uint8), lanes),
         zero_offset=zero_offset,
         values=_table(tuple(range(16))) if linear.is_packed else None,
-        bias=_pad(linear.bias),
+        bias=_pad(linear.bias, lanes),
     )
     return CodedLinear(
         f"GPTQ {bits} bit", part, None if linear.is_sorted else linear.order, kernels
@@ -134,7 +134,7 @@ def _of_bitsandbytes(linear: Any, kernels: QuantizedKernels) -> CodedLinear | No
     num_out, num_in = int(linear.out_features), int(linear.in_features)
     if state is None or tuple(state.shape) != (num_out, num_in):
         return None
-    group = int(state.blocksize)
+    group, lanes = int(state.blocksize), kernels.lanes
     # Where blocks reach over the end of a row, bitsandbytes' own kernels for the CPU misread them.
     if num_in % group != 0 or group % 8 != 0 or linear.compute_dtype != torch.float32:
         return None
@@ -148,7 +148,7 @@ def _of_bitsandbytes(linear: Any, kernels: QuantizedKernels) -> CodedLinear | No
     if state.nested:
         each = int(state.state2.blocksize)
         outer = state.state2.absmax.float()
-        padded = -(-num_out // LANES) * LANES * groups
+        padded = -(-num_out // lanes) * lanes * groups
         nested = {
             "nested": _table(tuple(state.state2.code.tolist())),
             "outer": functional.pad(outer, (0, max(0, -(-padded // each) - len(outer)))),
@@ -159,10 +159,10 @@ def _of_bitsandbytes(linear: Any, kernels: QuantizedKernels) -> CodedLinear | No
         num_in,
         num_out,
         group,
-        _pack(_tile(codes.t()), 4),
-        _tile((scales if state.nested else scales.float()).t()),
+        _pack(_tile(codes.t(), lanes), 4),
+        _tile((scales if state.nested else scales.float()).t(), lanes),
         values=_table(tuple(state.code.tolist())),
-        bias=_pad(None if linear.bias is None else linear.bias.detach().float()),
+        bias=_pad(None if linear.bias is None else linear.bias.detach().float(), lanes),
         **nested,
     )
     return CodedLinear(str(state.quant_type), part, None, kernels)
@@ -174,23 +174,23 @@ def _table(values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
 
 
-def _tile(columns: Tensor) -> Tensor:
-    """[K, N] as [N / 16, K, 16]; what is missing of the last tile is 0."""
-    padded = functional.pad(columns, (0, -columns.shape[1] % LANES))
-    return padded.view(len(columns), -1, LANES).transpose(0, 1).contiguous()
+def _tile(columns: Tensor, lanes: int) -> Tensor:
+    """[K, N] as [N / lanes, K, lanes]; what is missing of the last tile is 0."""
+    padded = functional.pad(columns, (0, -columns.shape[1] % lanes))
+    return padded.view(len(columns), -1, lanes).transpose(0, 1).contiguous()
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes [tiles, K, 16] as words [tiles, K * bits / 32, 16], lowest bits first."""
+    """Codes [tiles, K, lanes] as words [tiles, K * bits / 32, lanes], lowest bits first."""
     each = 32 // bits
-    words = torch.zeros(len(codes), codes.shape[1] // each, LANES, dtype=torch.int32)
+    words = torch.zeros_like(codes[:, ::each], dtype=torch.int32)
     for index in range(each):
         words |= codes[:, index::each].int() << (bits * index)
     return words
 
 
-def _pad(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else functional.pad(bias.float(), (0, -len(bias) % LANES))
+def _pad(bias: Tensor | None, lanes: int) -> Tensor | None:
+    return None if bias is None else functional.pad(bias.float(), (0, -len(bias) % lanes))
 
 
 def _agree(one: CodedLinear, other: CodedLinear) -> bool:

@@ -4,21 +4,30 @@
  * of a value of the table and the block's scale, for GPTQ (code - zero) * scale, which FP32 holds
  * exactly where scales are FP16.
  *
- * K input channels, N output channels, in tiles of 16, which are the lanes of one vector. Codes are
- * words of eight 4-bit codes [tiles, K / 8, 16] or of four 8-bit codes [tiles, K / 4, 16], lowest
- * bits first; scales and zeros are [tiles, groups, 16].
+ * K input channels, N output channels, in tiles of L, which are the lanes of one vector. Codes are
+ * words of eight 4-bit codes [tiles, K / 8, L] or of four 8-bit codes [tiles, K / 4, L], lowest bits
+ * first; scales and zeros are [tiles, groups, L].
  */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
+/* Outputs of a tile: what a vector of this CPU holds. */
+#if defined(__AVX512F__)
 #define LANES 16
+#define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+#elif defined(__AVX2__) && defined(__F16C__)
+#define LANES 8
+#define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7
+#else
+#define LANES 4
+#define LANE_NUMBERS 0, 1, 2, 3
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
-#define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4)));
@@ -38,15 +47,17 @@ typedef struct {
     const float *values;  /* [16], what a 4-bit code stands for; null for 8-bit codes */
     const float *nested;  /* [256], what the byte of a nested scale stands for */
     const float *outer;   /* the scales of nested scales: one for 2^outer_shift of them */
-    const float *bias;    /* [tiles * 16] or null */
+    const float *bias;    /* [tiles * L] or null */
     int64_t num_in, num_out, group, num_groups;
     int32_t scale_kind, zero_offset, outer_shift;
     float nested_offset;
 } linear;
 
 INLINE ints widen(const uint8_t *from) {
-#ifdef __AVX512F__
+#if LANES == 16
     return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+#elif LANES == 8
+    return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
 #else
     ints result;
     for (int i = 0; i < LANES; i++) result[i] = from[i];
@@ -55,8 +66,10 @@ INLINE ints widen(const uint8_t *from) {
 }
 
 INLINE vec gather(const float *from, ints at) {
-#ifdef __AVX512F__
+#if LANES == 16
     return (vec)_mm512_i32gather_ps((__m512i)at, from, 4);
+#elif LANES == 8
+    return (vec)_mm256_i32gather_ps(from, (__m256i)at, 4);
 #else
     vec result;
     for (int i = 0; i < LANES; i++) result[i] = from[at[i]];
@@ -64,17 +77,26 @@ INLINE vec gather(const float *from, ints at) {
 #endif
 }
 
-INLINE vec from_half(const _Float16 *from) {
-#ifdef __AVX512F__
+INLINE vec from_half(const uint16_t *from) {
+#if LANES == 16
     return (vec)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#elif LANES == 8
+    return (vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
 #else
     vec result;
-    for (int i = 0; i < LANES; i++) result[i] = from[i];
+    for (int i = 0; i < LANES; i++) {
+        uint32_t size = from[i] & 0x7fff, bits = (size << 13) + (112u << 23);
+        if (size >= 0x7c00) bits += 112u << 23; /* infinity, or no number */
+        float x;
+        memcpy(&x, &bits, 4);
+        if (size < 0x400) x = size * 0x1p-24f; /* too small for an exponent of its own */
+        result[i] = from[i] & 0x8000 ? -x : x;
+    }
     return result;
 #endif
 }
 
-/* scale and shift [n, 16] of n groups of a tile, from group `first`. */
+/* scale and shift [n, L] of n groups of a tile, from group `first`. */
 static __attribute__((noinline)) void expand_scales(const linear *l, int64_t tile, int64_t first,
                                                     int64_t n, float *scale, float *shift) {
     const int32_t groups = l->num_groups;
@@ -83,7 +105,7 @@ static __attribute__((noinline)) void expand_scales(const linear *l, int64_t til
         memcpy(scale, (const float *)l->scales + at, sizeof(float) * n * LANES);
     } else if (l->scale_kind == HALF) {
         for (int64_t i = 0; i < n * LANES; i += LANES)
-            store(scale + i, from_half((const _Float16 *)l->scales + at + i));
+            store(scale + i, from_half((const uint16_t *)l->scales + at + i));
     } else {
         ints block = (ints){LANE_NUMBERS} * groups + (int32_t)(tile * LANES * groups + first);
         for (int64_t i = 0; i < n * LANES; i += LANES, block += 1) {
@@ -103,26 +125,23 @@ static __attribute__((noinline)) void expand_scales(const linear *l, int64_t til
     }
 }
 
-/* The lowest four bits of each lane look up a value. */
-INLINE vec look_up(vec table, ints codes) {
-#ifdef __AVX512F__
-    return __builtin_shuffle(table, codes);
+/* The lowest four bits of each lane look up one of 16 values. */
+INLINE vec look_up(const float *values, ints codes) {
+#if LANES == 16
+    return (vec)_mm512_permutexvar_ps((__m512i)codes, (__m512)load(values));
+#elif LANES == 8 /* by three bits in each half of the values, then by the fourth */
+    __m256i at = (__m256i)codes;
+    __m256 low = _mm256_permutevar8x32_ps((__m256)load(values), at);
+    __m256 high = _mm256_permutevar8x32_ps((__m256)load(values + 8), at);
+    return (vec)_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));
 #else
-    typedef float half __attribute__((vector_size(32), aligned(4)));
-    typedef int32_t half_ints __attribute__((vector_size(32), aligned(4)));
     vec result;
-    for (int i = 0; i < 2; i++) {
-        half_ints at = ((half_ints *)&codes)[i];
-        half low = __builtin_shuffle(((half *)&table)[0], at);
-        half high = __builtin_shuffle(((half *)&table)[1], at);
-        half_ints is_high = (at << 28) >> 31;
-        ((half *)&result)[i] = (half)(((half_ints)high & is_high) | ((half_ints)low & ~is_high));
-    }
+    for (int i = 0; i < LANES; i++) result[i] = values[codes[i] & 15];
     return result;
 #endif
 }
 
-/* A tile of a Linear: 16 outputs. */
+/* A tile of a Linear. */
 typedef struct {
     const linear *of;
     int64_t tile;
@@ -134,9 +153,9 @@ INLINE const ints *words_of(column c, int64_t eight, const int is_packed) {
            (c.tile * (c.of->num_in / 8) + eight) * (is_packed ? 1 : 2);
 }
 
-/* The 16 weights of the j-th of eight channels. */
-INLINE vec weight_of(const ints *words, const int j, const int is_packed, vec table, vec scale,
-                     vec shift) {
+/* The weights of the j-th of eight channels. */
+INLINE vec weight_of(const ints *words, const int j, const int is_packed, const float *table,
+                     vec scale, vec shift) {
     if (is_packed) return look_up(table, words[0] >> (4 * j)) * scale + shift;
     ints codes = (words[j / 4] >> (8 * (j % 4))) & 255;
     return __builtin_convertvector(codes, vec) * scale + shift;

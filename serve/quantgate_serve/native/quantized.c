@@ -8,29 +8,31 @@
 
 #define CHUNK 128   /* input channels that are expanded at once: 16 KiB for two tiles */
 #define GROUPS 8    /* groups whose scales are expanded at once */
-#ifdef __AVX512F__ /* sums of so many rows and tiles fit into registers */
-#define DIRECT 8    /* up to so many rows weights go from their codes into the sum */
+/* Up to DIRECT rows weights go from their codes into the sums of WIDTH tiles; of more rows MAX_ROWS
+ * at a time are multiplied with expanded weights of two tiles. Sums have to fit into registers. */
+#if LANES == 16
+#define DIRECT 8
 #define WIDTH(ROWS) ((ROWS) <= 4 ? 4 : 2)
-#define MAX_ROWS 12 /* rows that an expanded weight of two tiles is multiplied with at once */
+#define MAX_ROWS 12
 #define FEW_ROWS(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8)
 #define SOME_ROWS(X) FEW_ROWS(X) X(9) X(10) X(11) X(12)
 #else
-#define DIRECT 2
-#define WIDTH(ROWS) 2
-#define MAX_ROWS 3
-#define FEW_ROWS(X) X(1) X(2)
-#define SOME_ROWS(X) FEW_ROWS(X) X(3)
+#define DIRECT 4
+#define WIDTH(ROWS) ((ROWS) <= 2 ? 4 : 2)
+#define MAX_ROWS 6
+#define FEW_ROWS(X) X(1) X(2) X(3) X(4)
+#define SOME_ROWS(X) FEW_ROWS(X) X(5) X(6)
 #endif
 #define PASS 96     /* rows for which weights are expanded once */
 /* Below so many products of a weight and a row, expanding counted as four, one thread is faster. */
 #define MIN_PRODUCTS 1048576
 
-/* sums [rows, width, 16] += rows of x times a group of channels, weights going from their codes
+/* sums [rows, width, L] += rows of x times a group of channels, weights going from their codes
  * into the sums. x begins at the group. */
 INLINE void multiply_group(const column *c, int64_t first, int64_t n, const float *x,
                            int64_t stride, const int rows, const int width, const int is_packed,
                            const float *scale, const float *shift, float *sums) {
-    const vec table = is_packed ? load(c[0].of->values) : (vec){0};
+    const float *table = c[0].of->values;
     const ints *words[4];
     vec acc[DIRECT][4];
     UNROLL for (int w = 0; w < width; w++) words[w] = words_of(c[w], first / 8, is_packed);
@@ -53,7 +55,7 @@ INLINE void multiply_group(const column *c, int64_t first, int64_t n, const floa
         UNROLL for (int w = 0; w < width; w++) store(sums + (r * width + w) * LANES, acc[r][w]);
 }
 
-/* sums [rows, width, 16] of rows of x. */
+/* sums [rows, width, L] of rows of x. */
 INLINE void multiply_direct(const column *c, const float *x, int64_t stride, const int rows,
                             const int width, const int is_packed, float *sums) {
     float scale[4 * GROUPS * LANES] __attribute__((aligned(64)));
@@ -71,13 +73,13 @@ INLINE void multiply_direct(const column *c, const float *x, int64_t stride, con
     }
 }
 
-/* weights [n, 2, 16] of two columns, from channel `first`. */
+/* weights [n, 2, L] of two columns, from channel `first`. */
 INLINE void expand_chunk(const column *c, int64_t first, int64_t n, const int is_packed,
                          float *weights) {
     float scale[CHUNK / 8 * LANES] __attribute__((aligned(64)));
     float shift[CHUNK / 8 * LANES] __attribute__((aligned(64)));
     const int64_t group = c[0].of->group;
-    const vec table = is_packed ? load(c[0].of->values) : (vec){0};
+    const float *table = c[0].of->values;
     for (int w = 0; w < 2; w++) {
         const ints *words = words_of(c[w], first / 8, is_packed);
         float *to = weights + w * LANES;
@@ -93,7 +95,7 @@ INLINE void expand_chunk(const column *c, int64_t first, int64_t n, const int is
     }
 }
 
-/* sums [rows, 2, 16] += rows of x [n] times weights [n, 2, 16]. */
+/* sums [rows, 2, L] += rows of x [n] times weights [n, 2, L]. */
 INLINE void multiply_rows(const float *x, int64_t stride, const float *weights, int64_t n,
                           const int rows, float *sums) {
     vec acc[MAX_ROWS][2];
@@ -183,7 +185,7 @@ INLINE vec biased(column c, vec sum) {
     return c.of->bias ? sum + load(c.of->bias + c.tile * LANES) : sum;
 }
 
-/* y [rows, num_out] from sums [rows, width, 16] of a unit. */
+/* y [rows, num_out] from sums [rows, width, L] of a unit. */
 static void finish(const product *p, const unit *u, const float *sums, int64_t rows, int width,
                    int64_t num_out, float *y) {
     for (int64_t r = 0; r < rows; r++)
@@ -297,6 +299,7 @@ static void many_rows(const job *j) {
 
 /* Up to so many rows x is read where it lies, unless it has an order. */
 const int64_t direct_rows = DIRECT;
+const int64_t lanes = LANES;
 
 /* y [rows, num_out] from x [rows, K], both contiguous. `scratch` holds rows * (K rounded up to 128)
  * floats, where it is needed. */

@@ -1,6 +1,6 @@
 """Calls quantized.c: Linears over 4- and 8-bit codes, with torch's threads.
 
-Shapes: T rows, K input channels, N output channels in tiles of 16, G groups of input channels.
+Shapes: T rows, K input channels, N output channels in tiles of L, G groups of input channels.
 """
 
 import ctypes
@@ -18,7 +18,6 @@ from quantgate_serve.native.library import CACHE, KernelsUnavailableError, build
 _log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("quantized.c")
 # What quantized.c is written for.
-LANES = 16
 MAX_PARTS = 3
 _CHUNK = 128
 _SCALE_KINDS = {torch.float32: 0, torch.float16: 1, torch.uint8: 2}
@@ -29,15 +28,15 @@ class Codes:
     """One Linear as quantized.c reads it. Everything is contiguous and on the CPU.
 
     Args:
-        codes: [N / 16, K / 8, 16] int32 of eight 4-bit codes each, lowest first, or
-            [N / 16, K / 4, 16] int32 of four 8-bit codes.
-        scales: [N / 16, G, 16], FP32, FP16, or uint8 where scales are themselves quantized.
-        zeros: [N / 16, G, 16] uint8, to which `zero_offset` is added, or None.
+        codes: [N / L, K / 8, L] int32 of eight 4-bit codes each, lowest first, or
+            [N / L, K / 4, L] int32 of four 8-bit codes.
+        scales: [N / L, G, L], FP32, FP16, or uint8 where scales are themselves quantized.
+        zeros: [N / L, G, L] uint8, to which `zero_offset` is added, or None.
         values: [16] FP32, what a 4-bit code stands for; None where codes have eight bits.
         nested: [256] FP32, what a byte of `scales` stands for.
         outer: FP32, what it is multiplied with, one for 2 ** outer_shift scales of [N, G].
         nested_offset: what is added to it then.
-        bias: [N / 16 * 16] FP32 or None.
+        bias: [N / L * L] FP32 or None.
     """
 
     num_in: int
@@ -95,7 +94,7 @@ class Product:
 
 
 class QuantizedKernels:
-    """The functions of quantized.c over tensors."""
+    """The functions of quantized.c over tensors. `lanes` is L on this CPU."""
 
     def __init__(self, path: Path) -> None:
         """`path` is the compiled library.
@@ -108,6 +107,7 @@ class QuantizedKernels:
         except OSError as error:
             raise KernelsUnavailableError(f"{path} cannot be loaded: {error}") from error
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        self.lanes: int = integer.in_dll(library, "lanes").value
         self._direct_rows = integer.in_dll(library, "direct_rows").value
         self._multiply = library.multiply
         self._multiply.argtypes = [pointer, pointer, integer, pointer, pointer, integer]

@@ -22,18 +22,22 @@ needs_x86 = pytest.mark.skipif(
 )
 
 
-def product_of(*, bits: int, generator: torch.Generator) -> tuple[Product, torch.Tensor]:
-    """48 inputs in groups of 16, 32 outputs in two tiles; and the weights [in, out] they mean."""
-    codes = torch.randint(0, 1 << bits, (2, 48, 16), generator=generator)
-    zeros = torch.randint(0, 1 << bits, (2, 3, 16), generator=generator)
-    scales = torch.randn(2, 3, 16, generator=generator).half()
+def product_of(
+    *, bits: int, lanes: int, generator: torch.Generator
+) -> tuple[Product, torch.Tensor]:
+    """48 inputs in groups of 16, two tiles of outputs; and the weights [in, out] they mean."""
+    codes = torch.randint(0, 1 << bits, (2, 48, lanes), generator=generator)
+    zeros = torch.randint(0, 1 << bits, (2, 3, lanes), generator=generator)
+    # Down to FP16 numbers without an exponent of their own.
+    sizes = 10.0 ** -torch.arange(lanes).clamp(max=7)
+    scales = (torch.randn(2, 3, lanes, generator=generator) * sizes).half()
     # Format v1 stores a zero point minus one.
     weights = (codes - zeros.repeat_interleave(16, 1) - 1) * scales.float().repeat_interleave(16, 1)
     each = 32 // bits
-    words = (codes.view(2, -1, each, 16) << (torch.arange(each) * bits).view(-1, 1)).sum(2)
+    words = (codes.view(2, -1, each, lanes) << (torch.arange(each) * bits).view(-1, 1)).sum(2)
     part = Codes(
         num_in=48,
-        num_out=32,
+        num_out=2 * lanes,
         group=16,
         codes=(words - ((words >> 31) << 32)).int(),
         scales=scales,
@@ -42,8 +46,8 @@ def product_of(*, bits: int, generator: torch.Generator) -> tuple[Product, torch
         values=torch.arange(16.0) if bits == 4 else None,
     )
     order = torch.randperm(48, generator=generator)
-    columns = torch.empty(48, 32)
-    columns[order] = weights.transpose(0, 1).reshape(48, 32)
+    columns = torch.empty(48, 2 * lanes)
+    columns[order] = weights.transpose(0, 1).reshape(48, 2 * lanes)
     return Product([part], order=order, is_gated=False), columns
 
 
@@ -59,7 +63,7 @@ def test_without_avx512_the_weights_are_the_same(
     kernels = QuantizedKernels(build_library("cc", tmp_path, quantized.SOURCE))
     generator = torch.Generator().manual_seed(1)
     for bits in (4, 8):
-        product, weights = product_of(bits=bits, generator=generator)
+        product, weights = product_of(bits=bits, lanes=kernels.lanes, generator=generator)
         for rows in (1, 5, 48):
             assert torch.equal(kernels.multiply(product, torch.eye(48)[:rows]), weights[:rows])
 
