@@ -2,8 +2,7 @@
 
 Prompt tokens count at the best GEMM rate that this machine reaches, decode steps at the time of all
 Linears for the mean batch of the real run. Both are measured for each way of multiplying that torch
-has on this CPU, and the fastest counts, so the floor does not move with what the engine happens to
-use.
+has on this CPU and for the engine's own, and the fastest counts.
 
 Attention also reads every earlier key and value in each step, which the floor leaves out. What that
 takes at least is measured beside it: as many bytes, in order, from memory that no cache holds.
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantgate_serve import huge_pages
+from quantgate_serve.native.library import LANES, find_kernels
+from quantgate_serve.native.linear import NativeLinear, can_multiply
 
 _LARGE_ROWS = (256, 512, 1024)
 _SQUARE = 2048
@@ -41,7 +42,7 @@ class Floor:
 
 
 class Linears:
-    """Every Linear of a model, in each implementation that torch has here."""
+    """Every Linear of a model, in each implementation that torch has here, and in ours."""
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [
@@ -61,9 +62,7 @@ class Linears:
         weights = [*self.layers, self.head] if with_head else self.layers
         inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1]) for weight in weights}
         result = {}
-        for name, prepare in _IMPLEMENTATIONS.items():
-            if name == "onednn" and not has_onednn():
-                continue
+        for name, prepare in implementations().items():
             calls = [(prepare(weight), inputs[weight.shape[1]]) for weight in weights]
             result[name] = _best_time(lambda calls=calls: [call(x) for call, x in calls])
         return result
@@ -104,9 +103,7 @@ def best_gemm_rate(linears: Linears) -> float:
         for seconds in linears.step_s(rows, with_head=False).values()
     ]
     square = torch.randn(_SQUARE, _SQUARE)
-    for name, prepare in _IMPLEMENTATIONS.items():
-        if name == "onednn" and not has_onednn():
-            continue
+    for prepare in implementations().values():
         call = prepare(torch.randn(_SQUARE, _SQUARE))
         rates.append(2 * _SQUARE**3 / _best_time(lambda call=call: call(square)))
     return max(rates)
@@ -145,11 +142,18 @@ def _onednn(weight: Tensor) -> Multiply:
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
-_IMPLEMENTATIONS: dict[str, Callable[[Tensor], Multiply]] = {
-    "linear": _linear,
-    "transposed": _transposed,
-    "onednn": _onednn,
-}
+def implementations() -> dict[str, Callable[[Tensor], Multiply]]:
+    """The ways of multiplying by a weight that there are here; each packs the weight once."""
+    found: dict[str, Callable[[Tensor], Multiply]] = {
+        "linear": _linear,
+        "transposed": _transposed,
+    }
+    if has_onednn():
+        found["onednn"] = _onednn
+    kernels = find_kernels()
+    if kernels is not None and can_multiply(torch.zeros(LANES, 1)):
+        found["native"] = lambda weight: NativeLinear(weight, None, kernels).forward
+    return found
 
 
 def _best_time(call: Callable[[], object]) -> float:

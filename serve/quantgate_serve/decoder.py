@@ -3,7 +3,8 @@
 `ShortDecoder` computes what a Llama-like layer computes, with fewer calls: query, key and value in
 one product, one rotation for both, a sum and its norm at once (by native kernels; in torch a norm
 is four operations). It takes the weights (also quantized Linears, as they are) out of the loaded
-model. Every other model goes through its own forward.
+model. Where all of these are plain and in FP32, native/decoder.py computes the layers without
+torch. Every other model goes through its own forward.
 
 Shapes: T tokens of the step, R rows to read, C hidden size, N query heads, K key heads, D head dim.
 """
@@ -20,6 +21,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from quantgate_serve import coded, fused_int8, linear
 from quantgate_serve.attention.interface import AttentionStep
 from quantgate_serve.attention.native_paged import NativeStep
+from quantgate_serve.native.decoder import NativeDecoder, can_decode
 from quantgate_serve.native.library import LANES, LayerKernels
 
 # Layers whose computation is exactly the one written here.
@@ -232,6 +234,8 @@ def build_decoder(model: Any, attend: Attend, kernels: LayerKernels | None = Non
     `kernels` only where the model is on the CPU.
     """
     if _is_short(model):
+        if kernels is not None and can_decode(model):
+            return NativeDecoder(model, kernels)
         return ShortDecoder(model, attend, kernels)
     linear.prepare_all(model)
     return WholeDecoder(model)
@@ -239,7 +243,11 @@ def build_decoder(model: Any, attend: Attend, kernels: LayerKernels | None = Non
 
 def as_decoder(model: Any) -> nn.Module:
     """`model` if it is a decoder of this file, else its own forward, the model left whole."""
-    return model if isinstance(model, ShortDecoder | WholeDecoder) else WholeDecoder(model)
+    return (
+        model
+        if isinstance(model, NativeDecoder | ShortDecoder | WholeDecoder)
+        else WholeDecoder(model)
+    )
 
 
 def _is_short(model: Any) -> bool:

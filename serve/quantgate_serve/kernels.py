@@ -17,6 +17,7 @@ from quantgate_serve.coded import CodedLinear
 from quantgate_serve.fused_int8 import FusedInt8Linear
 from quantgate_serve.linear import PackedLinear
 from quantgate_serve.llm_int8 import Int8Linear
+from quantgate_serve.native.linear import NativeLinear
 
 _log = logging.getLogger(__name__)
 _ONE_BY_ONE = "computes its weights anew in each step"
@@ -68,6 +69,8 @@ def kernel_of(module: Any, device: torch.device) -> Kernel | None:
         return Kernel("oneDNN packed Linear float32")
     if kind is CodedLinear:
         return Kernel(f"quantgate fused {module.name} float32")
+    if kind is NativeLinear:
+        return Kernel("quantgate packed Linear float32")
     if library == "bitsandbytes":
         return _of_bitsandbytes(module, device)
     if library == "gptqmodel":

@@ -7,11 +7,8 @@
  * T tokens of the step, N query heads, K key heads, G = N / K, D head dim (a multiple of 16).
  * Keys and values of a layer are [pages, K, 16, D]. Compiled and called by library.py.
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "layer.h"
 
-#define LANES 16     /* tokens of a page */
 #define TILE 256     /* tokens whose scores are held at once */
 #define MAX_ROWS 32  /* query rows that share what is read of a tile; library.py knows it, too */
 #define MAX_DIM 256  /* library.py knows it, too */
@@ -19,17 +16,6 @@
  * other core is busy. Channels of a norm or rotation; pairs of query and key, each of all heads. */
 #define MIN_CHANNELS 32768
 #define MIN_PAIRS 1024
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4)));
-
-INLINE vec load(const float *from) { return *(const vec *)from; }
-INLINE void store(float *to, vec x) { *(vec *)to = x; }
-INLINE vec all(float x) { return x - (vec){0}; }
-INLINE vec choose(ints where, vec x, vec y) {
-    return (vec)(((ints)x & where) | ((ints)y & ~where));
-}
 
 /* The sums of 16 vectors, one in each lane: each round adds neighbours, and halves the vectors. */
 #define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
@@ -42,35 +28,10 @@ INLINE vec sums(vec *x) {
     return x[0];
 }
 
-INLINE float sum(vec x) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += x[i];
-    return total;
-}
-
 INLINE float largest(vec x) {
     float most = x[0];
     for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
     return most;
-}
-
-/* exp(x) for x <= 0, by the polynomial of Cephes' expf: 0 below -87, NaN stays NaN. */
-INLINE vec exponential(vec x) {
-    ints is_zero = x < all(-87.0f);
-    vec clipped = choose(is_zero, all(-87.0f), x);
-    vec magic = all(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-    vec shifted = clipped * 1.44269504088896341f + magic;
-    vec n = shifted - magic;
-    vec r = clipped - n * 0.693359375f + n * 2.12194440e-4f;
-    vec y = all(1.9875691500e-4f);
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
-    ints exponent = ((ints)shifted - (ints)magic + 127) << 23;
-    return (vec)((ints)(y * (vec)exponent) & ~is_zero);
 }
 
 /* scores[t] = scale * q . page[t] for the 16 tokens of a page of keys. */
@@ -210,31 +171,9 @@ static int heads_together(int count, int group, int kv_heads, int64_t num_blocks
     return heads;
 }
 
-/* Tokens `token` to `token + count` of the step, `first` being the position of the first one of
- * them. The pages of their sequence begin at `pages` in the list of all. count * G <= MAX_ROWS. */
-typedef struct {
-    int32_t token, count, first, pages;
-} block;
-
-/* What a call of attend works on; every thread of a team takes its part of it. */
-typedef struct {
-    const float *query, *key, *value;
-    int64_t stride;
-    float *output;
-    int64_t tokens, num_heads, kv_heads, dim;
-    float *keys, *values;
-    const int64_t *slots;
-    const int32_t *pages;
-    const block *blocks;
-    int64_t num_blocks;
-    float scale;
-    int threads;
-} attention;
-
-static void attend_part(const attention *a) {
+void write_part(const attention *a) {
     const int64_t dim = a->dim, kv_heads = a->kv_heads, stride = a->stride;
-    const int64_t page_stride = kv_heads * LANES * dim, output_stride = a->num_heads * dim;
-    const int group = a->num_heads / kv_heads;
+    const int64_t page_stride = kv_heads * LANES * dim;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < a->tokens; t++) {
         int64_t at = a->slots[t] / LANES * page_stride + a->slots[t] % LANES * dim;
@@ -243,6 +182,12 @@ static void attend_part(const attention *a) {
             memcpy(a->values + at, a->value + t * stride + k * dim, sizeof(float) * dim);
         }
     }
+}
+
+void attend_part(const attention *a) {
+    const int64_t dim = a->dim, kv_heads = a->kv_heads, stride = a->stride;
+    const int64_t page_stride = kv_heads * LANES * dim, output_stride = a->num_heads * dim;
+    const int group = a->num_heads / kv_heads;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < a->num_blocks * kv_heads; i++) {
         block b = a->blocks[i / kv_heads];
@@ -277,12 +222,11 @@ void attend(const float *query, const float *key, const float *value, int64_t st
     if (pairs < MIN_PAIRS) threads = 1;
     attention a = {query, key,  value,  stride, output, tokens, num_heads,  kv_heads, dim,
                    keys,  values, slots, pages,  blocks, num_blocks, scale, threads};
-    if (threads == 1) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        write_part(&a);
         attend_part(&a);
-        return;
     }
-#pragma omp parallel num_threads(threads)
-    attend_part(&a);
 }
 
 static void rotate_part(float *x, int64_t stride, const float *cos, const float *sin,

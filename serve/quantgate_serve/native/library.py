@@ -23,7 +23,8 @@ from torch import Tensor
 from quantgate_serve.kv.storage import KVStorage
 
 _log = logging.getLogger(__name__)
-_SOURCE = Path(__file__).with_name("layer.c")
+_FOLDER = Path(__file__).parent
+_SOURCES = tuple(_FOLDER / name for name in ("layer.c", "linear.c", "decoder.c"))
 CACHE = Path.home() / ".cache" / "quantgate"
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fPIC")
 _TIMEOUT_S = 60
@@ -41,6 +42,8 @@ _SIGNATURES = {
     + [_INT, _FLOAT, _INT],
     "rotate": [_POINTER, _INT, _POINTER, _POINTER] + [_INT] * 6,
     "add_norm": [_POINTER] * 4 + [_INT, _INT, _FLOAT, _INT],
+    "multiply": [_POINTER] * 4 + [_INT] * 4,
+    "decode": [_POINTER, _POINTER, _INT, _POINTER],
 }
 
 
@@ -49,7 +52,7 @@ class KernelsUnavailableError(Exception):
 
 
 class LayerKernels:
-    """The functions of layer.c over tensors, all FP32 on the CPU, with torch's threads."""
+    """The functions of the C sources over tensors, all FP32 on the CPU, with torch's threads."""
 
     def __init__(self, path: Path) -> None:
         """`path` is the compiled library.
@@ -64,6 +67,9 @@ class LayerKernels:
         self._attend = _function(library, "attend")
         self._rotate = _function(library, "rotate")
         self._add_norm = _function(library, "add_norm")
+        self._multiply = _function(library, "multiply")
+        # decoder.c's structures by address: see decoder.py.
+        self.decode = _function(library, "decode")
 
     def attend(
         self,
@@ -143,6 +149,22 @@ class LayerKernels:
         )
         return normed
 
+    def multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, num_outputs: int) -> Tensor:
+        """x W^T + b, [T, out]: `x` [T, in] contiguous, `weight` in linear.c's panels."""
+        tokens, depth = x.shape
+        result = x.new_empty(tokens, num_outputs)
+        self._multiply(
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            result.data_ptr(),
+            tokens,
+            depth,
+            num_outputs,
+            torch.get_num_threads(),
+        )
+        return result
+
 
 def can_attend(kv: KVStorage, num_heads: int) -> bool:
     """Whether layer.c is written for this cache and this many query heads."""
@@ -167,8 +189,8 @@ def find_kernels() -> LayerKernels | None:
         return None
 
 
-def build_library(compiler: str, folder: Path, source: Path | None = None) -> Path:
-    """Compile `source`, layer.c if None, into `folder`, unless that has been done for this CPU.
+def build_library(compiler: str, folder: Path, *sources: Path) -> Path:
+    """Compile `sources`, the layers' if none, into `folder`, unless that was done for this CPU.
 
     Raises:
         KernelsUnavailableError: no compiler, no OpenMP runtime to share, or a failed compilation.
@@ -177,20 +199,32 @@ def build_library(compiler: str, folder: Path, source: Path | None = None) -> Pa
     if runtime is None:
         raise KernelsUnavailableError("which OpenMP runtime is torch's cannot be told")
     version = _run(compiler, "--version")
-    source = source or _SOURCE
-    headers = sorted(source.parent.glob("*.h"))
-    text = "\n".join(path.read_text(encoding="utf-8") for path in [source, *headers])
-    facts = "\n".join([text, version, *_FLAGS, str(runtime), _describe_cpu()])
-    target = folder / f"{source.stem}-{hashlib.sha256(facts.encode()).hexdigest()[:20]}.so"
+    sources = sources or _SOURCES
+    texts = [path.read_text(encoding="utf-8") for path in [*sources, *sorted(_FOLDER.glob("*.h"))]]
+    facts = "\n".join([*texts, version, *_FLAGS, str(runtime), _describe_cpu()])
+    target = folder / f"{sources[0].stem}-{hashlib.sha256(facts.encode()).hexdigest()[:20]}.so"
     if target.is_file():
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as name:
-            made, linked = Path(name) / "made.o", Path(name) / "made.so"
-            _run(compiler, *_FLAGS, "-fopenmp", "-c", str(source), "-o", str(made))
+            made = [Path(name) / f"{source.stem}.o" for source in sources]
+            linked = Path(name) / "linked.so"
+            for source, path in zip(sources, made, strict=True):
+                _run(
+                    compiler,
+                    *_FLAGS,
+                    "-fopenmp",
+                    "-I",
+                    str(_FOLDER),
+                    "-c",
+                    str(source),
+                    "-o",
+                    str(path),
+                )
             # Not -fopenmp: that would bring the compiler's own runtime.
-            _run(compiler, "-shared", str(made), str(runtime), "-lm", "-o", str(linked))
+            objects = map(str, made)
+            _run(compiler, "-shared", *objects, str(runtime), "-lm", "-o", str(linked))
             linked.replace(target)
     except OSError as error:
         raise KernelsUnavailableError(f"{folder} cannot be written: {error}") from error

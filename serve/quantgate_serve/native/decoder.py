@@ -1,0 +1,261 @@
+"""A Llama-like decoder whose layers are computed by decoder.c in one call: no torch in between.
+
+Shapes: T tokens of the step, R rows to read, C hidden size, N query heads, K key heads, D head dim.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantgate_serve import huge_pages, linear
+from quantgate_serve.attention.native_paged import NativeStep
+from quantgate_serve.kv.storage import KVStorage
+from quantgate_serve.native.library import LANES, MAX_HEAD_DIM, MAX_ROWS, LayerKernels
+from quantgate_serve.native.linear import NativeLinear, alternate, can_multiply, packed_size, stack
+
+# What decoder.c counts its nanoseconds as, in this order.
+PARTS = ("Linears", "norms", "rotation and KV writes", "attention")
+# Products of weights and tokens below which one thread is faster than a team.
+_MIN_PRODUCTS = 1 << 20
+
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (("weight", _POINTER), ("bias", _POINTER), ("depth", _INT), ("width", _INT))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("input_norm", _POINTER),
+        ("post_norm", _POINTER),
+        ("qkv", _Linear),
+        ("output", _Linear),
+        ("gate_up", _Linear),
+        ("down", _Linear),
+    )
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = (
+        ("layers", _POINTER),
+        *((name, _INT) for name in ("num_layers", "num_heads", "kv_heads", "dim", "hidden")),
+        *((name, _FLOAT) for name in ("eps", "scale")),
+    )
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        *((name, _POINTER) for name in ("hidden", "cos", "sin")),
+        *((name, _INT) for name in ("angles", "tokens")),
+        ("rows", _POINTER),
+        ("num_rows", _INT),
+        *((name, _POINTER) for name in ("keys", "values", "slots", "pages", "blocks")),
+        ("num_blocks", _INT),
+        *((name, _POINTER) for name in ("qkv", "mixed", "middle", "normed", "read")),
+    )
+
+
+class NativeDecoder(nn.Module):
+    """A Llama-like decoder in FP32. `model` is taken apart and of no use afterwards."""
+
+    def __init__(self, model: Any, kernels: LayerKernels) -> None:
+        """`model` is one that `can_decode` accepts."""
+        super().__init__()
+        base = model.model
+        attention = base.layers[0].self_attn
+        self.config = model.config
+        self.embed_tokens = base.embed_tokens
+        self.rotary = base.rotary_emb
+        self.layers = nn.ModuleList()
+        for index in range(len(base.layers)):
+            self.layers.append(_NativeLayer(base.layers[index], kernels))
+            base.layers[index] = nn.Identity()  # frees what was packed, before the next is
+        self.norm = nn.Parameter(base.norm.weight.detach().contiguous(), requires_grad=False)
+        self.lm_head = _head(model.lm_head, kernels)
+        # Where the time of the layers goes, by PARTS, for who puts a tensor [4] of int64 here.
+        self.spent_ns: Tensor | None = None
+        self._kernels = kernels
+        self._eps = float(base.norm.variance_epsilon)
+        self._room = _Room(self.config, int(attention.head_dim))
+        self._layers = (_Layer * len(self.layers))(*(layer.describe() for layer in self.layers))
+        self._facts = _Decoder(
+            ctypes.addressof(self._layers),
+            len(self.layers),
+            self._room.num_heads,
+            self._room.kv_heads,
+            self._room.head_dim,
+            self._room.hidden,
+            self._eps,
+            float(attention.scaling),
+        )
+        self._num_weights = sum(
+            module.weight.numel()
+            for module in self.layers.modules()
+            if isinstance(module, NativeLinear)
+        )
+        self._kv: KVStorage | None = None
+
+    def forward(self, ids: Tensor, positions: Tensor, step: Any, rows: Tensor) -> Tensor:
+        """Logits [R, V] after the tokens `rows` of `ids` [T].
+
+        Raises:
+            TypeError: `step` is not one of the native kernels.
+        """
+        if not isinstance(step, NativeStep):
+            raise TypeError(f"a NativeDecoder takes a NativeStep, not {type(step).__name__}")
+        hidden = self.embed_tokens(ids)
+        cos, sin = self.rotary(hidden, positions.unsqueeze(0))
+        read = self._decode(hidden, cos[0], sin[0], step, rows)
+        logits: Tensor = self.lm_head(self._kernels.add_norm(read, None, self.norm, self._eps))
+        return logits
+
+    def get_input_embeddings(self) -> nn.Module:
+        module: nn.Module = self.embed_tokens
+        return module
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def _decode(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, step: NativeStep, rows: Tensor
+    ) -> Tensor:
+        tokens = len(hidden)
+        threads = torch.get_num_threads() if tokens * self._num_weights > _MIN_PRODUCTS else 1
+        room = self._room.of(max(tokens, len(rows)), threads)
+        keys, values = self._addresses(step.kv)
+        read = hidden.new_empty(len(rows), hidden.shape[1])
+        facts = _Step(
+            hidden.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            cos.stride(0),
+            tokens,
+            rows.data_ptr(),
+            len(rows),
+            ctypes.addressof(keys),
+            ctypes.addressof(values),
+            step.slots.data_ptr(),
+            step.pages.data_ptr(),
+            step.blocks.data_ptr(),
+            len(step.blocks),
+            *room,
+            read.data_ptr(),
+        )
+        spent = None if self.spent_ns is None else self.spent_ns.data_ptr()
+        self._kernels.decode(ctypes.addressof(self._facts), ctypes.addressof(facts), threads, spent)
+        return read
+
+    def _addresses(self, kv: KVStorage) -> tuple[Any, Any]:
+        """Where the keys and values of each layer lie; kept as long as the storage is the same."""
+        if self._kv is not kv:
+            self._kv = kv
+            addresses = _POINTER * len(kv.keys)
+            self._keys = addresses(*(tensor.data_ptr() for tensor in kv.keys))
+            self._values = addresses(*(tensor.data_ptr() for tensor in kv.values))
+        return self._keys, self._values
+
+
+class _NativeLayer(nn.Module):
+    """The weights of one layer, one after another in the same huge pages."""
+
+    def __init__(self, layer: Any, kernels: LayerKernels) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        sizes = [packed_size(part.weight) for part in _linears(layer)]
+        room = huge_pages.zeros((sum(sizes),), torch.float32)
+        qkv, output, gate_up, down = room.split(
+            [sum(sizes[:3]), sizes[3], sum(sizes[4:6]), sizes[6]]
+        )
+        joined = [_parts(attention.q_proj), _parts(attention.k_proj), _parts(attention.v_proj)]
+        self.qkv = NativeLinear(*stack(joined), kernels, room=qkv)
+        self.output = NativeLinear(*_parts(attention.o_proj), kernels, room=output)
+        gate, up = _parts(mlp.gate_proj), _parts(mlp.up_proj)
+        bias = None
+        if gate[1] is not None and up[1] is not None:
+            bias = alternate(gate[1], up[1])
+        self.gate_up = NativeLinear(alternate(gate[0], up[0]), bias, kernels, room=gate_up)
+        self.down = NativeLinear(*_parts(mlp.down_proj), kernels, room=down)
+        self.input_norm = _norm(layer.input_layernorm)
+        self.post_norm = _norm(layer.post_attention_layernorm)
+
+    def describe(self) -> _Layer:
+        return _Layer(
+            self.input_norm.data_ptr(),
+            self.post_norm.data_ptr(),
+            *(_describe(part) for part in (self.qkv, self.output, self.gate_up, self.down)),
+        )
+
+
+class _Room:
+    """Memory that a step works in, kept from step to step."""
+
+    def __init__(self, config: Any, head_dim: int) -> None:
+        self.num_heads = int(config.num_attention_heads)
+        self.kv_heads = int(config.num_key_value_heads)
+        self.head_dim = head_dim
+        self.hidden = int(config.hidden_size)
+        self._middle = int(config.intermediate_size)
+        self._size = (0, 0)
+        self._tensors: tuple[Tensor, ...] = ()
+
+    def of(self, tokens: int, threads: int) -> Iterator[int]:
+        """Addresses of qkv, mixed, middle and normed for as many tokens and threads."""
+        if tokens > self._size[0] or threads > self._size[1]:
+            self._size = (max(tokens, self._size[0]), max(threads, self._size[1]))
+            tokens, threads = self._size
+            heads = (self.num_heads + 2 * self.kv_heads, self.num_heads)
+            widths = (
+                *(count * self.head_dim for count in heads),
+                self._middle,
+                threads * self.hidden,
+            )
+            self._tensors = tuple(torch.empty(tokens * width) for width in widths)
+        return (tensor.data_ptr() for tensor in self._tensors)
+
+
+def can_decode(model: Any) -> bool:
+    """Whether decoder.c is written for this Llama-like model: plain FP32 Linears on a CPU."""
+    head_dim, config = int(model.model.layers[0].self_attn.head_dim), model.config
+    return (
+        all(
+            linear.is_plain(part) and can_multiply(part.weight)
+            for layer in model.model.layers
+            for part in _linears(layer)
+        )
+        and head_dim % LANES == 0
+        and head_dim <= MAX_HEAD_DIM
+        and config.num_attention_heads // config.num_key_value_heads <= MAX_ROWS
+        and config.intermediate_size % LANES == 0
+        and model.model.norm.weight.dtype == torch.float32
+    )
+
+
+def _linears(layer: Any) -> tuple[nn.Module, ...]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return (
+        *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+        *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+    )
+
+
+def _parts(plain: Any) -> tuple[Tensor, Tensor | None]:
+    return plain.weight.detach(), None if plain.bias is None else plain.bias.detach()
+
+
+def _norm(norm: Any) -> nn.Parameter:
+    return nn.Parameter(norm.weight.detach().contiguous(), requires_grad=False)
+
+
+def _head(head: nn.Linear, kernels: LayerKernels) -> nn.Module:
+    if linear.is_plain(head) and can_multiply(head.weight):
+        return NativeLinear(*_parts(head), kernels)
+    return linear.prepare(head)
+
+
+def _describe(part: NativeLinear) -> _Linear:
+    bias = None if part.bias is None else part.bias.data_ptr()
+    return _Linear(part.weight.data_ptr(), bias, part.in_features, part.out_features)

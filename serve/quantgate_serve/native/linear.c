@@ -1,0 +1,126 @@
+/* FP32 products with packed weights. A sum runs over the inputs in order, whatever the other rows
+ * are, so a result does not depend on batch mates or on threads.
+ *
+ * Weights lie in panels of 32 outputs (two vectors); a tile of rows keeps its sums in registers
+ * over all inputs. Few rows take one panel (14 rows x 2 vectors), many two (7 x 4): 28 of the 32
+ * registers either way. While a panel is used, the next one is fetched.
+ */
+#include "layer.h"
+
+#define PANEL (2 * LANES)
+#define GROUP 98 /* rows that stay in the second cache beside a pair of panels */
+#define FEW 28   /* rows up to which one panel at a time is faster (measured on a Zen 4) */
+
+/* Where a tile's sums go: `width` outputs of y's rows, from `column` on. */
+typedef struct {
+    const float *bias;
+    float *y;
+    int64_t stride, width, column;
+    int what;
+} target;
+
+INLINE void finish(target to, vec *sums, int row, int vectors) {
+    for (int w = 0; w < vectors && to.column + w * LANES < to.width; w++) {
+        int64_t at = to.column + w * LANES;
+        if (to.bias) sums[w] += load(to.bias + at);
+        if (to.what == GATE) {
+            if (w % 2 == 0) continue;
+            /* silu: exp of what is not positive cannot overflow. */
+            vec x = sums[w - 1];
+            ints negative = x < all(0);
+            vec e = exponential(choose(negative, x, -x));
+            vec share = choose(negative, e, all(1)) / (e + 1.0f);
+            store(to.y + row * to.stride + (at - LANES) / 2, x * share * sums[w]);
+            continue;
+        }
+        float *y = to.y + row * to.stride + at;
+        store(y, to.what == ADD ? load(y) + sums[w] : sums[w]);
+    }
+}
+
+INLINE void tile(const float *x, int64_t depth, const float *panel, const float *next, target to,
+                 const int rows, const int panels) {
+    vec sums[14][4];
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int w = 0; w < 2 * panels; w++) sums[r][w] = (vec){0};
+    for (int64_t k = 0; k < depth; k++) {
+        vec weight[4];
+#pragma GCC unroll 4
+        for (int w = 0; w < 2 * panels; w++)
+            weight[w] = load(panel + (w / 2 * depth + k) * PANEL + w % 2 * LANES);
+        if (next)
+#pragma GCC unroll 4
+            for (int w = 0; w < 2 * panels; w++)
+                __builtin_prefetch(next + (2 * panels * k + w) * LANES, 0, 2);
+#pragma GCC unroll 16
+        for (int r = 0; r < rows; r++) {
+            vec input = all(x[r * depth + k]);
+#pragma GCC unroll 4
+            for (int w = 0; w < 2 * panels; w++) sums[r][w] += input * weight[w];
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < rows; r++) finish(to, sums[r], r, 2 * panels);
+}
+
+/* A tile of `rows` rows; each number of them is code of its own. */
+static void some_rows(int rows, int panels, const float *x, int64_t depth, const float *panel,
+                      const float *next, target to) {
+#define CASE(n, p) case 100 * p + n: tile(x, depth, panel, next, to, n, p); break;
+    switch (100 * panels + rows) {
+        CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1) CASE(5, 1) CASE(6, 1) CASE(7, 1)
+        CASE(8, 1) CASE(9, 1) CASE(10, 1) CASE(11, 1) CASE(12, 1) CASE(13, 1) CASE(14, 1)
+        CASE(1, 2) CASE(2, 2) CASE(3, 2) CASE(4, 2) CASE(5, 2) CASE(6, 2) CASE(7, 2)
+    }
+}
+
+/* Panels `first` to `end` over rows `row` to `row + count`. */
+static void some_panels(const linear *l, const float *x, float *y, int64_t row, int64_t count,
+                        int64_t first, int64_t end, int what) {
+    const int64_t stride = what == GATE ? l->width / 2 : l->width;
+    const int together = count > FEW ? 2 : 1, most = count > FEW ? 7 : 14;
+    const int64_t tiles = (count + most - 1) / most;
+    for (int64_t p = first; p < end; p += together) {
+        int panels = p + 1 < end ? together : 1;
+        const float *panel = l->weight + p * PANEL * l->depth;
+        const float *after = p + panels < end ? panel + panels * PANEL * l->depth : 0;
+        for (int64_t i = 0; i < tiles; i++) {
+            int64_t from = row + count * i / tiles, to = row + count * (i + 1) / tiles;
+            target at = {l->bias, y + from * stride, stride, l->width, p * PANEL, what};
+            some_rows(to - from, panels, x + from * l->depth, l->depth, panel,
+                      i == tiles / 2 ? after : 0, at);
+        }
+    }
+}
+
+void linear_part(const linear *l, const float *x, float *y, int64_t tokens, int what,
+                 int64_t thread, int64_t threads) {
+    const int64_t pairs = (l->width + 2 * PANEL - 1) / (2 * PANEL);
+    const int64_t panels = (l->width + PANEL - 1) / PANEL;
+    /* Where there are more threads than panels, they share the rows, too. */
+    int64_t parts = threads > pairs ? (threads + pairs - 1) / pairs : 1;
+    int64_t groups = (tokens + GROUP - 1) / GROUP;
+    groups = groups < parts ? parts : groups;
+    int64_t work = pairs * groups;
+    int64_t from = work * thread / threads, to = work * (thread + 1) / threads;
+    while (from < to) {
+        int64_t group = from % groups, pair = from / groups;
+        /* With one group, all of this thread's panels at once. */
+        int64_t many = groups == 1 ? to - from : 1;
+        int64_t row = tokens * group / groups, end = tokens * (group + 1) / groups;
+        int64_t last = 2 * (pair + many) < panels ? 2 * (pair + many) : panels;
+        if (row < end) some_panels(l, x, y, row, end - row, 2 * pair, last, what);
+        from += many;
+    }
+}
+
+/* y = x W^T + b by a team of `threads`. */
+void multiply(const float *x, const float *weight, const float *bias, float *y, int64_t tokens,
+              int64_t depth, int64_t width, int64_t threads) {
+    linear l = {weight, bias, depth, width};
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t thread = 0; thread < threads; thread++)
+        linear_part(&l, x, y, tokens, STORE, thread, threads);
+}
