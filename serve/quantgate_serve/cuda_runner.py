@@ -142,7 +142,7 @@ class CudaRunner(Runner):
         sources = np.array([place[request.id] for request in requests])
         starts = np.array([chunk.start for chunk in plan])
         packed = self._pack(self._tables.rows_of(requests), starts, np.zeros_like(starts))
-        rows_BW, source_B = self._staging.send_ahead([packed, sources])()
+        rows_BW, source_B = self._staging.send_ahead([packed, sources])
         # In the stream's order: after the step that chooses them, before the one that reads them.
         rows_BW[:, 0] = tokens.index_select(0, source_B)
         self._foreseen = _Foreseen(

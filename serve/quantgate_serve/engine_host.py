@@ -106,8 +106,8 @@ class EngineHost:
                 self._take(message)
             if engine.has_work or self._refused:
                 self._untold = engine.step(self._tell if engine.overlaps else None)
-                # Nobody is kept waiting by a device that has nothing to do.
-                if not (engine.overlaps and engine.has_work):
+                # A step that does not follow at once keeps nobody waiting.
+                if not engine.overlaps or engine.idle_s() != 0:
                     self._tell()
         self._tell()
 

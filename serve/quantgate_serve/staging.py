@@ -41,28 +41,22 @@ class Staging:
             device = buffer.clone()
         return _views(device, arrays)
 
-    def send_ahead(self, arrays: Sequence[Integers]) -> Callable[[], list[Tensor]]:
-        """Begin to copy beside what the current stream computes.
+    def send_ahead(self, arrays: Sequence[Integers]) -> list[Tensor]:
+        """What upload() gives, copied beside what the current stream computes.
 
-        What is returned makes the current stream wait for the copy, not the host, and gives what
-        upload() would give.
+        What comes next in the current stream waits for the copy; the host does not.
         """
-        buffer = self._write(arrays)
         if self._beside is None:
-            views = _views(buffer.clone(), arrays)
-            return lambda: views
+            return self.upload(arrays)
+        buffer = self._write(arrays)
         with torch.cuda.stream(self._beside):
             device = buffer.to(self._device, non_blocking=True)
             copied = self._events[self._turn] = _record()
-
-        def take() -> list[Tensor]:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(copied)
-            # Its memory belongs to the other stream: not to be reused while this one reads it.
-            device.record_stream(stream)
-            return _views(device, arrays)
-
-        return take
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(copied)
+        # Its memory belongs to the other stream: not to be reused while this one reads it.
+        device.record_stream(stream)
+        return _views(device, arrays)
 
     def _write(self, arrays: Sequence[Integers]) -> Tensor:
         """The arrays one after another in the buffer whose turn it is."""
