@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,11 +61,10 @@ def main() -> None:
         rows: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         for index, document in enumerate(documents):
             ids = document["ids"]
-            expected, found = reference.logits(index), offline.logits(model, ids)
-            compared = compare_logits(expected, found, ids) | best_tokens(found)
+            expected, found = reference.of(index), offline.logits(model, ids)
+            compared = compare(expected, found) | best_tokens(found)
             if twin is not None:
-                rounded = compare_logits(expected, offline.logits(twin, ids), ids)
-                healthy[kind].append(rounded["kl_nats"])
+                healthy[kind].append(divergence(expected, offline.logits(twin, ids)))
             compared["healthy_kl_nats"] = healthy[kind][index]
             count = len(ids) - 1
             rows["document"] += [document["id"]] * count
@@ -80,29 +80,31 @@ def main() -> None:
 
 
 class _Reference:
-    """The reference's logits: computed once, where they fit in memory for the next candidate."""
+    """What the reference says of each document: once, where it fits in memory for the others."""
 
     def __init__(self, loaded: LoadedModel, documents: list[list[int]]) -> None:
         self._loaded = loaded
         self._documents = documents
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[int, Expected] = {}
         self._num_free_bytes = _MAX_KEPT_BYTES
 
-    def logits(self, index: int) -> Tensor:
-        """[T, V] of one document, FP32."""
+    def of(self, index: int) -> Expected:
+        """Of one document, computed or kept."""
         from quantgate_serve import offline
 
         kept = self._kept.get(index)
         if kept is not None:
             return kept
-        found = offline.logits(self._loaded, self._documents[index])
-        if found.nbytes <= self._num_free_bytes:
-            self._num_free_bytes -= found.nbytes
+        ids = self._documents[index]
+        found = expect(offline.logits(self._loaded, ids), ids)
+        if found.log_probs.nbytes <= self._num_free_bytes:
+            self._num_free_bytes -= found.log_probs.nbytes
             self._kept[index] = found
         return found
 
 
 _MAX_KEPT_BYTES = 2**30
+_ROWS_AT_ONCE = 32
 SCHEMA = pa.schema(
     {
         "document": pa.string(),
@@ -135,13 +137,43 @@ def teacher_sha256() -> str:
     )
 
 
-def compare_logits(reference: Tensor, candidate: Tensor, ids: list[int]) -> dict[str, Tensor]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """The reference's next-token distributions at every position that has a next token."""
+
+    num_tokens: int
+    next_ids: Tensor
+    """[T - 1, 1]."""
+    log_probs: Tensor
+    """[T - 1, V], FP32."""
+    is_finite: Tensor
+    """[T - 1]: whether the logits were."""
+    top1: Tensor
+    margin: Tensor
+
+
+def expect(logits: Tensor, ids: list[int]) -> Expected:
+    """What is compared with each candidate: from the reference's logits [T, V] on `ids`."""
+    import torch
+
+    log_probs = torch.log_softmax(logits[:-1].float(), dim=-1)
+    top = log_probs.exp().topk(min(2, logits.shape[-1]), dim=-1).values
+    return Expected(
+        num_tokens=len(logits),
+        next_ids=torch.tensor(ids[1:], device=logits.device).unsqueeze(1),
+        log_probs=log_probs,
+        is_finite=torch.isfinite(logits[:-1]).all(-1),
+        top1=log_probs.argmax(-1),
+        margin=top[:, 0] - top[:, -1],
+    )
+
+
+def compare(expected: Expected, candidate: Tensor) -> dict[str, Tensor]:
     """Compares next-token distributions at every position that has a next token.
 
     Args:
-        reference: [T, V] logits.
-        candidate: [T, V'] logits; V' other than V is an error, never cut to fit.
-        ids: the T token ids both were computed on.
+        candidate: [T, V'] logits on the same token ids; V' other than V is an error, never cut to
+            fit.
 
     Returns:
         [T - 1] tensors by column name. KL is clamped at 0, since rounding can make it slightly
@@ -152,29 +184,49 @@ def compare_logits(reference: Tensor, candidate: Tensor, ids: list[int]) -> dict
     """
     import torch
 
-    if reference.shape != candidate.shape:
-        raise ValueError(
-            f"logits are {tuple(candidate.shape)}, the reference's {tuple(reference.shape)}: the "
-            "candidate's vocabulary was truncated or extended."
-        )
-    next_ids = torch.tensor(ids[1:], device=reference.device).unsqueeze(1)
-    p = torch.log_softmax(reference[:-1].float(), dim=-1)
-    q = torch.log_softmax(candidate[:-1].float(), dim=-1)
-    is_finite = torch.isfinite(reference[:-1]).all(-1) & torch.isfinite(candidate[:-1]).all(-1)
-    kl = (p.exp() * (p - q)).sum(-1).clamp_min(0.0)
+    log_probs, kl = _log_probs_and_divergence(expected, candidate)
+    is_finite = expected.is_finite & torch.isfinite(candidate[:-1]).all(-1)
     columns = {
         "kl_nats": kl,
-        "reference_nll_nats": -p.gather(1, next_ids).squeeze(1),
-        "candidate_nll_nats": -q.gather(1, next_ids).squeeze(1),
+        "reference_nll_nats": -expected.log_probs.gather(1, expected.next_ids).squeeze(1),
+        "candidate_nll_nats": -log_probs.gather(1, expected.next_ids).squeeze(1),
+        "reference_margin": expected.margin,
     }
-    top = p.exp().topk(min(2, p.shape[-1]), dim=-1).values
-    columns["reference_margin"] = top[:, 0] - top[:, -1]
     zero = torch.zeros_like(kl)
     cleaned = {name: torch.where(is_finite, value, zero) for name, value in columns.items()}
     return cleaned | {
-        "is_top1_equal": p.argmax(-1) == q.argmax(-1),
+        "is_top1_equal": expected.top1 == log_probs.argmax(-1),
         "is_finite": is_finite,
     }
+
+
+def divergence(expected: Expected, candidate: Tensor) -> Tensor:
+    """`kl_nats` of `compare` alone."""
+    import torch
+
+    _, kl = _log_probs_and_divergence(expected, candidate)
+    is_finite = expected.is_finite & torch.isfinite(candidate[:-1]).all(-1)
+    return torch.where(is_finite, kl, torch.zeros_like(kl))
+
+
+def _log_probs_and_divergence(expected: Expected, candidate: Tensor) -> tuple[Tensor, Tensor]:
+    """The candidate's log-probabilities [T - 1, V], and KL(reference || candidate) [T - 1]."""
+    import torch
+
+    shape = (expected.num_tokens, expected.log_probs.shape[-1])
+    if candidate.shape != shape:
+        raise ValueError(
+            f"logits are {tuple(candidate.shape)}, the reference's {shape}: the "
+            "candidate's vocabulary was truncated or extended."
+        )
+    p = expected.log_probs
+    q = torch.log_softmax(candidate[:-1].float(), dim=-1)
+    kl = torch.empty(len(q), device=q.device)
+    # A few rows at a time stay in the core's cache, and no product of whole tables is ever held.
+    for start in range(0, len(q), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        kl[rows] = (p[rows].exp() * (p[rows] - q[rows])).sum(-1)
+    return q, kl.clamp_min_(0.0)
 
 
 def best_tokens(logits: Tensor) -> dict[str, Tensor]:

@@ -7,13 +7,30 @@ import math
 import pytest
 import torch
 
-from quantgate.quality.teacher import COLUMNS, NUM_TOP, best_tokens, compare_logits
+from quantgate.quality.teacher import (
+    COLUMNS,
+    NUM_TOP,
+    best_tokens,
+    compare,
+    divergence,
+    expect,
+)
 
 IDS = [0, 1, 0]
 
 
 def logits(*rows: list[float]) -> torch.Tensor:
     return torch.tensor([*rows, [0.0] * len(rows[0])])
+
+
+def compare_logits(
+    reference: torch.Tensor, candidate: torch.Tensor, ids: list[int]
+) -> dict[str, torch.Tensor]:
+    expected = expect(reference, ids)
+    found = compare(expected, candidate)
+    # A twin is asked for nothing else, and gets the same numbers.
+    assert torch.equal(divergence(expected, candidate), found["kl_nats"])
+    return found
 
 
 def test_identical_logits_have_no_divergence() -> None:
@@ -37,6 +54,16 @@ def test_divergence_is_from_the_reference_to_the_candidate_in_nats() -> None:
     # The next tokens are 1 and 0.
     assert found["reference_nll_nats"].tolist() == pytest.approx([math.log(4), math.log(2)])
     assert found["candidate_nll_nats"].tolist() == pytest.approx([math.log(2), math.log(4)])
+
+
+def test_a_long_document_is_compared_like_its_rows_alone() -> None:
+    random = torch.Generator().manual_seed(3)
+    reference, candidate = torch.randn(2, 70, 50, generator=random)
+    found = compare_logits(reference, candidate, [1] * 70)
+    p, q = (torch.log_softmax(rows[:-1].double(), dim=-1) for rows in (reference, candidate))
+    assert found["kl_nats"].tolist() == pytest.approx(
+        (p.exp() * (p - q)).sum(-1).tolist(), abs=1e-6
+    )
 
 
 def test_the_top_tokens_are_compared_position_by_position() -> None:
