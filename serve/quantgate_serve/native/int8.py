@@ -142,18 +142,18 @@ class Int8Kernels:
         """
         rows, num_in = x.shape
         y = x.new_empty(rows * product.num_out)
-        # For the kernels' own use: the codes of x, each row's largest, whether a channel holds any.
-        scratch = torch.empty(rows * (num_in + 2 * CACHE_LINE) + num_in, dtype=torch.uint8)
-        largest = x.new_empty(rows)
-        columns = torch.empty(num_in, dtype=torch.int64)
+        # The channels with outliers, each row's largest, whether a channel has any, the codes of x.
+        sizes = (8 * num_in, 4 * rows, num_in, rows * (num_in + 2 * CACHE_LINE))
+        scratch = torch.empty(sum(sizes), dtype=torch.uint8)
+        columns, largest, is_outlier, codes = accumulate(sizes[:-1], initial=scratch.data_ptr())
         found = self._multiply(
             product.address,
             x.data_ptr(),
             rows,
-            scratch.data_ptr() + num_in,
-            largest.data_ptr(),
-            scratch.data_ptr(),
-            columns.data_ptr(),
+            codes,
+            largest,
+            is_outlier,
+            columns,
             y.data_ptr(),
             torch.get_num_threads(),
         )
@@ -162,20 +162,22 @@ class Int8Kernels:
         if found == 0:
             return y, None
         inputs = x.new_empty(rows, found)
-        sizes = [num_out * found for num_out in product.sizes]
-        starts = [0, *accumulate(-(-size // _LINE_FLOATS) * _LINE_FLOATS for size in sizes)]
+        counts = [num_out * found for num_out in product.sizes]
+        starts = [0, *accumulate(-(-count // _LINE_FLOATS) * _LINE_FLOATS for count in counts)]
         weights = x.new_empty(starts[-1])
         self._pick(
             product.address,
             x.data_ptr(),
             rows,
-            columns.data_ptr(),
+            columns,
             found,
             inputs.data_ptr(),
             weights.data_ptr(),
         )
-        parts = zip(starts, sizes, strict=False)
-        return y, Outliers(inputs, [weights[a : a + size].view(-1, found) for a, size in parts])
+        parts = zip(starts, counts, strict=False)
+        return y, Outliers(
+            inputs, [weights[start : start + count].view(-1, found) for start, count in parts]
+        )
 
 
 @cache
