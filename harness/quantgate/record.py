@@ -20,7 +20,7 @@ from quantgate.measurements_file import MeasurementSet, VariantMeasurements, rea
 from quantgate.recorded_metrics import block_metrics, metrics_of
 from quantgate.recorded_span import Span, span_of_drill, span_of_release
 from quantgate.release_folder import RECORDED, ReleaseFolder, releases
-from quantgate.report.columns import columns_of_release, columns_of_verdicts
+from quantgate.report.columns import columns_of_release, columns_of_seconds, columns_of_verdicts
 from quantgate.report.drill import drill_markdown
 from quantgate.report.summary import step_summary
 from quantgate.verdict import Decision, Outcome
@@ -193,6 +193,8 @@ def _record(
         client.log_artifact(parent_id, str(path))
     client.log_text(parent_id, summary, "summary.md")
     client.log_table(parent_id, columns_of_release(verdicts.decisions), "gates-of-variants.json")
+    if seconds := state.get("quality_seconds"):
+        client.log_table(parent_id, columns_of_seconds(seconds), "quality-seconds.json")
     for golden_set, lock_sha256 in state["golden_sets"].items():
         _log_golden_set(client, parent_id, golden_set, lock_sha256)
     for decision in verdicts.decisions:

@@ -99,6 +99,7 @@ def measure_release(request: ReleaseRequest, progress: Progress) -> ReleaseFolde
     champion = find_champion(plan.policy, plan.source, variants, request.serving_config)
     with ServerPool(plan.server, keeps_running=plan.device == "cpu") as servers:
         quality = measure_evidence(plan, release, variants, servers, progress)
+        release.update_state(quality_seconds=quality.seconds)
         load = _measure_load(plan, release, variants, champion, servers, progress)
     measured = {
         name: VariantMeasurements(

@@ -132,7 +132,7 @@ def test_what_a_release_was_stands_beside_every_variant_when_runs_are_compared(
     assert params == release | {"variant": "int4-nf4", "scheme": "int4-nf4"}
 
 
-def test_the_release_has_one_table_of_all_verdicts_and_a_variant_one_of_its_own(
+def test_the_release_has_tables_of_all_verdicts_and_seconds_and_a_variant_one_of_its_own(
     runs: dict[str, Any], mini_release: ReleaseResult
 ) -> None:
     folder = mini_release.folder
@@ -150,6 +150,9 @@ def test_the_release_has_one_table_of_all_verdicts_and_a_variant_one_of_its_own(
     assert columns[:2] == ["gate", "verdict"]
     assert ["int4-nf4 kl", "FAIL"] in [row[:2] for row in all_rows]
     assert {row[columns.index("variant")] for row in all_rows} == {"bf16", "int4-nf4"}
+    columns, seconds = table(folder.release_id, "quality-seconds.json")
+    assert columns == ["part", "seconds"]
+    assert {"source order-total", "bf16 served"} <= {part for part, _ in seconds}
 
 
 def test_the_ui_opens_on_the_runs_of_the_newest_release_and_not_on_traces(

@@ -73,6 +73,15 @@ def test_the_reference_was_asked_twice_and_no_gate_is_finer_than_its_noise(
             assert floor.source.startswith("source/noise_floor/")
 
 
+def test_what_each_part_of_the_quality_stage_took_is_kept(mini_release: ReleaseResult) -> None:
+    seconds = mini_release.folder.read_state()["quality_seconds"]
+    assert seconds.keys() == {"source", "all variants", "bf16", "int4-nf4"}
+    assert set(seconds["bf16"]) < set(seconds["source"])
+    for part in ("order-total", "order-total again", "served", "served again", "noise floors"):
+        assert seconds["source"][part] > 0
+    assert seconds["all variants"].keys() == {"distribution"}
+
+
 def test_the_server_says_of_every_variant_what_offline_scoring_says(
     mini_release: ReleaseResult,
 ) -> None:

@@ -1,14 +1,14 @@
 """All quality layers of a release, side by side: answers, distribution, served = offline, noise.
 
-On a CPU two things happen at a time, each on a core of its own; a GPU is not shared. Longest first,
-so that no core waits for the other at the end.
+On a CPU two things happen at a time, each on a core of its own; a GPU is not shared. What each
+server is asked is a queue of pieces, a golden set or the documents each (`turns.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 from quantgate.errors import MeasurementError, UsageError
@@ -22,14 +22,19 @@ from quantgate.quality.completions import FULL_BATCHES, Batching
 from quantgate.quality.distribution import Candidate, compare_with_reference
 from quantgate.quality.distribution_store import distribution_paths, group_size_of
 from quantgate.quality.early_stop import StopRule, stop_rules
+from quantgate.quality.golden import GoldenSet
 from quantgate.quality.noise_floor import OTHER_BATCHES, Rerun
 from quantgate.quality.rendering import RenderedPrompt, Renderer
 from quantgate.quality.results import metrics_of
-from quantgate.quality.stage import QualityResult, ServedModel, measure_quality
+from quantgate.quality.stage import QualityResult, ServedModel, join_results, measure_quality
+from quantgate.quality.turns import Piece, take_turns
 from quantgate.release_folder import ReleaseFolder, store_of
 from quantgate.resolution import NoiseFloor
 from quantgate.server_pool import ServerPool
 from quantgate.variants.build import Variant
+
+# Of text in most languages.
+_CHARACTERS_A_TOKEN = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +48,8 @@ class QualityEvidence:
     noise: tuple[Measurement, ...]
     """The noise floor of the reference's log-probabilities; none without a distribution."""
     noise_floors: Mapping[str, NoiseFloor]
+    seconds: Mapping[str, Mapping[str, float]]
+    """By model, and by what it was asked; the first has the start of its server in it."""
 
 
 def measure_evidence(
@@ -59,42 +66,42 @@ def measure_evidence(
     """
     work = _Work(plan, release, variants, servers, progress)
     progress.stage("quality", work.num_steps)
-    reference = work.reference
-    others = [model for model in work.models if model.name != reference.name]
-    with ThreadPoolExecutor(max_workers=plan.models_together) as pool:
-        asked = {reference.name: pool.submit(work.ask_reference)}
-        distribution = pool.submit(work.compare_distributions)
-        # The reference is first, so whoever waits for it waits for work that has begun.
-        first = asked[reference.name]
-        asked |= {model.name: pool.submit(work.ask_variant, model, first) for model in others}
-        asks = {name: future.result() for name, future in asked.items()}
-        distribution_failures = distribution.result()
-    for name, found in asks.items():
-        for golden, reason in found.answers.missing.items():
+    seconds = take_turns(work.queues(), workers=plan.models_together)
+    answers = {name: asked.answers for name, asked in work.asked.items()}
+    for name, found in answers.items():
+        for golden, reason in found.missing.items():
             progress.note(f"{name}: {golden}: {reason.splitlines()[0]}")
-        for golden, stop in found.answers.stopped.items():
+        for golden, stop in found.stopped.items():
             progress.note(f"{name}: {golden}: {stop}")
     return QualityEvidence(
-        answers={name: found.answers for name, found in asks.items()},
-        distribution_failures=distribution_failures,
-        served_failures={n: f.served_failure for n, f in asks.items() if f.served_failure},
-        noise=asks[reference.name].noise,
-        noise_floors={floor.metric: floor for floor in asks[reference.name].floors},
+        answers=answers,
+        distribution_failures=work.distribution_failures,
+        served_failures={n: a.served_failure for n, a in work.asked.items() if a.served_failure},
+        noise=work.noise,
+        noise_floors={floor.metric: floor for floor in work.floors},
+        seconds=seconds,
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
-    """What one model's server said."""
+    """What one model's server has said so far; `num_left` sets are still to be asked."""
 
-    answers: QualityResult
-    served_failure: str | None
-    noise: tuple[Measurement, ...] = ()
-    floors: tuple[NoiseFloor, ...] = ()
+    def __init__(self, num_left: int) -> None:
+        self.num_left = num_left
+        self.served_failure: str | None = None
+        self._results: list[QualityResult] = []
+
+    def take(self, result: QualityResult, num_sets: int) -> None:
+        self._results.append(result)
+        self.num_left -= num_sets
+
+    @property
+    def answers(self) -> QualityResult:
+        return join_results(self._results)
 
 
 class _Work:
-    """The pieces of work, each to be done by one thread."""
+    """The pieces of work, each to be done by one thread, and what they found."""
 
     def __init__(
         self,
@@ -121,6 +128,12 @@ class _Work:
         self.reference = next(m for m in self.models if m.name == plan.policy.reference)
         self._max_tokens = plan.policy.distribution.max_tokens if plan.policy.distribution else 0
         self._documents = self._render_documents()
+        num_sets = len(plan.golden_sets)
+        self.asked = {model.name: _Asked(num_sets) for model in self.models}
+        self._again = _Asked(num_sets)
+        self.distribution_failures: dict[str, str] = {}
+        self.noise: tuple[Measurement, ...] = ()
+        self.floors: list[NoiseFloor] = []
 
     @property
     def num_steps(self) -> int:
@@ -130,57 +143,111 @@ class _Work:
         num_compared = len(self._variants) if self._documents else 0
         return num_asked * (len(self.models) + 1) + num_compared
 
-    def ask_variant(self, model: ServedModel, reference: Future[_Asked]) -> _Asked:
-        """As `ask`; where a gate is looked at early, once the reference's answers are there."""
-        gates = [g for g in required_gates(self._plan.policy, model.name) if g.sequential]
-        if not gates:
-            return self.ask(model)
-        return self.ask(model, stop_rules(gates, reference.result().answers.items))
+    def queues(self) -> dict[str, list[Piece]]:
+        """By model; the reference first, since others may wait for its answers."""
+        reference = self.reference.name
+        others = [model for model in self.models if model.name != reference]
+        queues = {reference: [*self._ask(self.reference), *self._ask_again()]}
+        if self._documents:
+            # Three passes over the documents: the reference, and each variant and its twin.
+            size = self._size_of_documents * (1 + 2 * len(self._variants))
+            queues["all variants"] = [
+                Piece(name="distribution", size=size, work=self._compare_distributions)
+            ]
+        return queues | {model.name: self._ask(model) for model in others}
 
-    def ask(self, model: ServedModel, rules: Mapping[str, StopRule] | None = None) -> _Asked:
+    def _ask(self, model: ServedModel) -> list[Piece]:
         """Golden sets and documents through the server."""
-        answers = self._ask_golden(model, FULL_BATCHES, rules)
-        for golden, path in answers.items.items():
-            write_bytes(self._release.items(model.name, golden), path.read_bytes())
-        failure = None
-        try:
-            self._ask_documents(model, FULL_BATCHES, self._release.served(model.name))
-        except MeasurementError as error:
-            failure = str(error)
-            self._progress.note(f"{model.name}: served: {failure.splitlines()[0]}")
-        return _Asked(answers=answers, served_failure=failure)
+        gates = []
+        if model.name != self.reference.name:
+            gates = [g for g in required_gates(self._plan.policy, model.name) if g.sequential]
+        asked, reference = self.asked[model.name], self.asked[self.reference.name]
 
-    def ask_reference(self) -> _Asked:
-        """The same, and all of it again at another batch size and order."""
+        def ask(sets: tuple[GoldenSet, ...]) -> None:
+            rules = stop_rules(gates, reference.answers.items) if gates else None
+            found = self._ask_golden(model, FULL_BATCHES, sets, rules)
+            for golden, path in found.items.items():
+                write_bytes(self._release.items(model.name, golden), path.read_bytes())
+            asked.take(found, len(sets))
+
+        def ask_documents() -> None:
+            try:
+                self._ask_documents(model, FULL_BATCHES, self._release.served(model.name))
+            except MeasurementError as error:
+                asked.served_failure = str(error)
+                self._progress.note(f"{model.name}: served: {str(error).splitlines()[0]}")
+
+        # Where a gate is looked at early, once the reference's answers are there.
+        is_ready = (lambda: reference.num_left == 0) if gates else (lambda: True)
+        return [
+            *(
+                Piece(
+                    name=_name_of(sets),
+                    size=_size_of(sets),
+                    work=partial(ask, sets),
+                    is_ready=is_ready,
+                )
+                for sets in self._sets_together
+            ),
+            *self._documents_piece("served", ask_documents),
+        ]
+
+    def _ask_again(self) -> list[Piece]:
+        """The reference, all of it once more at another batch size and order."""
+
+        def ask(sets: tuple[GoldenSet, ...]) -> None:
+            self._again.take(self._ask_golden(self.reference, OTHER_BATCHES, sets), len(sets))
+
+        return [
+            *(
+                Piece(name=f"{_name_of(sets)} again", size=_size_of(sets), work=partial(ask, sets))
+                for sets in self._sets_together
+            ),
+            *self._documents_piece("served again", self._ask_documents_again),
+            Piece(name="noise floors", size=0, work=self._find_floors_of_sets),
+        ]
+
+    @property
+    def _sets_together(self) -> list[tuple[GoldenSet, ...]]:
+        """What is asked in one piece; the largest first, so that the pieces at the end are short.
+
+        One after the other where two models are asked at a time, and so all servers kept. Else all
+        of them: for each piece the server would be started anew.
+        """
+        sets = self._plan.golden_sets
+        if self._plan.models_together == 1:
+            return [sets] if sets else []
+        return sorted(((golden,) for golden in sets), key=_size_of, reverse=True)
+
+    def _documents_piece(self, name: str, work: Callable[[], None]) -> list[Piece]:
+        if not self._documents:
+            return []
+        return [Piece(name=name, size=self._size_of_documents, work=work)]
+
+    @cached_property
+    def _size_of_documents(self) -> float:
+        return sum(min(len(one.ids), self._max_tokens) for one in self._documents)
+
+    def _find_floors_of_sets(self) -> None:
+        """What of the reference's answers came out differently."""
         model, release = self.reference, self._release
-        first = self.ask(model)
-        again = self._ask_golden(model, OTHER_BATCHES)
-        floors: list[NoiseFloor] = []
+        first, again = self.asked[model.name].answers, self._again.answers
         for golden in self._plan.golden_sets:
             name = golden.name
-            reason = first.answers.missing.get(name) or again.missing.get(name)
+            reason = first.missing.get(name) or again.missing.get(name)
             if reason:
-                floors += noise_floor.missing_floors(metrics_of(golden), reason)
+                self.floors += noise_floor.missing_floors(metrics_of(golden), reason)
                 continue
             path = release.rerun(model.name, name)
             write_bytes(path, again.items[name].read_bytes())
-            floors += noise_floor.floors_of_golden_set(
+            self.floors += noise_floor.floors_of_golden_set(
                 golden,
                 Rerun(first=release.items(model.name, name), second=path),
                 source=release.relative(path),
             )
-        noise, more = self._ask_documents_again(first.served_failure)
-        return _Asked(
-            answers=first.answers,
-            served_failure=first.served_failure,
-            noise=noise,
-            floors=(*floors, *more),
-        )
 
-    def compare_distributions(self) -> dict[str, str]:
-        """Teacher-forced KL against the reference; returns failures by variant."""
-        if not self._documents:
-            return {}
+    def _compare_distributions(self) -> None:
+        """Teacher-forced KL against the reference."""
         plan, progress = self._plan, self._progress
         paths = distribution_paths(plan, self._variants, self._variants, store=self._store)
         wanted = {
@@ -194,7 +261,7 @@ class _Work:
         }
         if found := len(self._variants) - len(wanted):
             progress.step(found, note="distribution reused")
-        failures = compare_with_reference(
+        self.distribution_failures = compare_with_reference(
             self.reference.folder,
             wanted,
             self._documents,
@@ -210,19 +277,19 @@ class _Work:
         for name, path in paths.items():
             if path.is_file():
                 write_bytes(self._release.distribution(name), path.read_bytes())
-        for name, reason in failures.items():
+        for name, reason in self.distribution_failures.items():
             progress.note(f"{name}: {reason}")
-        return failures
 
     def _ask_golden(
         self,
         model: ServedModel,
         batching: Batching,
+        sets: tuple[GoldenSet, ...],
         rules: Mapping[str, StopRule] | None = None,
     ) -> QualityResult:
         return measure_quality(
             model,
-            self._plan.golden_sets,
+            sets,
             store=self._store,
             log=self._release.log(model.name),
             servers=self._servers,
@@ -233,9 +300,7 @@ class _Work:
         )
 
     def _ask_documents(self, model: ServedModel, batching: Batching, out: Path) -> None:
-        """Writes scored tokens to `out`; nothing without documents."""
-        if not self._documents:
-            return
+        """Writes scored tokens to `out`."""
         path = served.measure_served(
             model,
             self._documents,
@@ -249,27 +314,24 @@ class _Work:
         )
         write_bytes(out, path.read_bytes())
 
-    def _ask_documents_again(
-        self, failure: str | None
-    ) -> tuple[tuple[Measurement, ...], tuple[NoiseFloor, ...]]:
+    def _ask_documents_again(self) -> None:
         """The noise as measurements, and as floors."""
-        if not self._documents:
-            return (), ()
         name = self.reference.name
         again = self._release.rerun(name, "served")
+        failure = self.asked[name].served_failure
         try:
             if failure is not None:
                 raise MeasurementError(failure)
             self._ask_documents(self.reference, OTHER_BATCHES, again)
             rerun = Rerun(first=self._release.served(name), second=again)
             source = self._release.relative(again)
-            floors = noise_floor.floors_of_distribution(rerun, source=source)
-            return tuple(noise_floor.reduce_noise(rerun, source=source)), tuple(floors)
+            self.floors += noise_floor.floors_of_distribution(rerun, source=source)
+            self.noise = tuple(noise_floor.reduce_noise(rerun, source=source))
         except MeasurementError as error:
             reason = str(error)
-            missing = tuple(Missing(metric=m, reason=reason) for m in noise_floor.METRICS)
+            self.noise = tuple(Missing(metric=m, reason=reason) for m in noise_floor.METRICS)
             metrics = (*distribution_results.METRICS, *served.METRICS)
-            return missing, tuple(noise_floor.missing_floors(metrics, reason))
+            self.floors += noise_floor.missing_floors(metrics, reason)
 
     def _counting(self, name: str) -> Callable[[int], None]:
         return lambda count: self._progress.step(count, name)
@@ -283,3 +345,22 @@ class _Work:
         if not usable:
             raise UsageError("distribution: no document has two tokens, so nothing is compared.")
         return usable
+
+
+def _name_of(sets: tuple[GoldenSet, ...]) -> str:
+    return ", ".join(golden.name for golden in sets)
+
+
+def _size_of(sets: tuple[GoldenSet, ...]) -> float:
+    """About how many tokens are computed; only the order of pieces depends on it."""
+    num_characters = sum(
+        len(item.text or "") + sum(len(message["content"]) for message in item.messages or ())
+        for golden in sets
+        for item in golden.items
+    )
+    num_answered = sum(
+        len(golden.items) * golden.task.generation_kwargs.max_gen_toks
+        for golden in sets
+        if golden.task.output_type == "generate_until"
+    )
+    return num_characters / _CHARACTERS_A_TOKEN + num_answered

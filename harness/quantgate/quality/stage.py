@@ -130,6 +130,20 @@ def measure_quality(
     )
 
 
+def join_results(results: Sequence[QualityResult]) -> QualityResult:
+    """What several calls of `measure_quality` found of one model, each asked other sets."""
+    counts = [result.oom_count for result in results]
+    known = [count for count in counts if count is not None]
+    return QualityResult(
+        items={name: path for one in results for name, path in one.items.items()},
+        missing={name: why for one in results for name, why in one.missing.items()},
+        oom_count=None if len(known) < len(counts) else sum(known),
+        peak_bytes=max((one.peak_bytes for one in results), default=0),
+        num_reused=sum(one.num_reused for one in results),
+        stopped={name: stop for one in results for name, stop in one.stopped.items()},
+    )
+
+
 def _ask(
     model: ServedModel,
     sets: Sequence[GoldenSet],

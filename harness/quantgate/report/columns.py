@@ -1,8 +1,8 @@
-"""Verdicts as columns, for tables that are read beside those of other runs."""
+"""Verdicts and times as columns, for tables that are read beside those of other runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from quantgate.verdict import Decision
@@ -36,3 +36,13 @@ def columns_of_verdicts(decision: Decision) -> dict[str, list[Any]]:
         for v in decision.verdicts
     ]
     return {name: [row[name] for row in rows] for name in rows[0]} if rows else {"gate": []}
+
+
+def columns_of_seconds(seconds: Mapping[str, Mapping[str, float]]) -> dict[str, list[Any]]:
+    """What each part of each model's quality stage took, the longest first."""
+    rows = [(f"{model} {part}", took) for model, of in seconds.items() for part, took in of.items()]
+    rows.sort(key=lambda row: row[1], reverse=True)
+    return {
+        "part": [part for part, _ in rows],
+        "seconds": [round(took, 1) for _, took in rows],
+    }

@@ -15,7 +15,7 @@ from quantgate.quality.completions import FULL_BATCHES, Batching
 from quantgate.quality.golden import GoldenSet, load_golden_set
 from quantgate.quality.lock import write_lock
 from quantgate.quality.rendering import Renderer
-from quantgate.quality.stage import ServedModel, results_key
+from quantgate.quality.stage import QualityResult, ServedModel, join_results, results_key
 from quantgate.server import ServerOptions
 from quantgate.server_pool import ServerPool
 from quantgate.variants.build import adopt_variant
@@ -170,3 +170,31 @@ def test_the_engine_is_its_code_and_the_packages_it_computes_with(
     monkeypatch.setattr(stage, "versions_of", lambda packages: {"torch": "99"})
     assert stage.engine_sha256() != before
     stage.engine_sha256.cache_clear()
+
+
+def result(name: str, **facts: Any) -> QualityResult:
+    known = {"missing": {}, "oom_count": 1, "peak_bytes": 5, "num_reused": 1}
+    return QualityResult(**{"items": {name: Path(name)}} | known | facts)
+
+
+def test_sets_asked_one_by_one_are_one_result() -> None:
+    joined = join_results([result("a"), result("b", peak_bytes=7, num_reused=0)])
+    assert joined == QualityResult(
+        items={"a": Path("a"), "b": Path("b")},
+        missing={},
+        oom_count=2,
+        peak_bytes=7,
+        num_reused=1,
+    )
+
+
+def test_a_server_that_died_under_one_set_has_no_known_count() -> None:
+    died = result("b", items={}, missing={"b": "it died"}, oom_count=None, peak_bytes=0)
+    joined = join_results([result("a"), died])
+    assert joined.oom_count is None
+    assert joined.items.keys() == {"a"}
+    assert joined.missing == {"b": "it died"}
+
+
+def test_nothing_asked_is_a_result_too() -> None:
+    assert join_results([]).items == {}

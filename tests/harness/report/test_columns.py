@@ -6,7 +6,7 @@ from pathlib import Path
 
 from quantgate.measurements_file import read_measurements
 from quantgate.policy import load_policy
-from quantgate.report.columns import columns_of_release, columns_of_verdicts
+from quantgate.report.columns import columns_of_release, columns_of_seconds, columns_of_verdicts
 from quantgate.verdict import Decision, judge_release
 
 GATES = Path(__file__).parents[2] / "gates"
@@ -36,3 +36,12 @@ def test_a_release_has_every_verdict_of_every_variant_under_its_name() -> None:
 def test_no_verdicts_are_an_empty_table() -> None:
     assert columns_of_verdicts(Decision(variant="v", verdicts=())) == {"gate": []}
     assert columns_of_release(()) == {}
+
+
+def test_what_took_longest_comes_first_whatever_it_was_part_of() -> None:
+    seconds = {"source": {"order-total": 4.04, "served": 5.0}, "int8": {"order-total": 9.96}}
+    assert columns_of_seconds(seconds) == {
+        "part": ["int8 order-total", "source served", "source order-total"],
+        "seconds": [10.0, 5.0, 4.0],
+    }
+    assert columns_of_seconds({}) == {"part": [], "seconds": []}
