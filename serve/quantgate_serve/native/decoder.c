@@ -40,9 +40,10 @@ typedef struct {
 /* What a step's nanoseconds are counted as, by the first thread. */
 enum { LINEARS, NORMS, ROTATION, ATTENTION, PARTS };
 
-static int64_t now_ns(void) {
+/* The CPU time of a thread that works alone, else the wall's. */
+static int64_t now_ns(int64_t threads) {
     struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
+    clock_gettime(threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &t);
     return t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
@@ -81,10 +82,10 @@ static void decode_part(const decoder *d, const step *s, int64_t thread, int64_t
     const int64_t stride = (d->num_heads + 2 * d->kv_heads) * D;
     float *normed = s->normed + thread * s->tokens * C;
     float *hidden = s->hidden, *mixed = s->mixed;
-    int64_t tokens = s->tokens, then = ns ? now_ns() : 0;
+    int64_t tokens = s->tokens, then = ns ? now_ns(threads) : 0;
 #define COUNT(part)                      \
     if (ns && thread == 0) {             \
-        int64_t now = now_ns();          \
+        int64_t now = now_ns(threads);          \
         ns[part] += now - then;          \
         then = now;                      \
     }

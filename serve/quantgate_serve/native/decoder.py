@@ -70,10 +70,11 @@ class NativeDecoder(nn.Module):
         self.config = model.config
         self.embed_tokens = base.embed_tokens
         self.rotary = base.rotary_emb
-        self.layers = nn.ModuleList()
+        layers = []
         for index in range(len(base.layers)):
-            self.layers.append(_NativeLayer(base.layers[index], kernels))
+            layers.append(_NativeLayer(base.layers[index], kernels))
             base.layers[index] = nn.Identity()  # frees what was packed, before the next is
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.Parameter(base.norm.weight.detach().contiguous(), requires_grad=False)
         self.lm_head = _head(model.lm_head, kernels)
         # Where the time of the layers goes, by PARTS, for who puts a tensor [4] of int64 here.
@@ -81,10 +82,10 @@ class NativeDecoder(nn.Module):
         self._kernels = kernels
         self._eps = float(base.norm.variance_epsilon)
         self._room = _Room(self.config, int(attention.head_dim))
-        self._layers = (_Layer * len(self.layers))(*(layer.describe() for layer in self.layers))
+        self._layers = (_Layer * len(layers))(*(layer.describe() for layer in layers))
         self._facts = _Decoder(
             ctypes.addressof(self._layers),
-            len(self.layers),
+            len(layers),
             self._room.num_heads,
             self._room.kv_heads,
             self._room.head_dim,
@@ -167,8 +168,8 @@ class _NativeLayer(nn.Module):
         attention, mlp = layer.self_attn, layer.mlp
         sizes = [packed_size(part.weight) for part in _linears(layer)]
         room = huge_pages.zeros((sum(sizes),), torch.float32)
-        qkv, output, gate_up, down = room.split(
-            [sum(sizes[:3]), sizes[3], sum(sizes[4:6]), sizes[6]]
+        qkv, output, gate_up, down = torch.split(
+            room, [sum(sizes[:3]), sizes[3], sum(sizes[4:6]), sizes[6]]
         )
         joined = [_parts(attention.q_proj), _parts(attention.k_proj), _parts(attention.v_proj)]
         self.qkv = NativeLinear(*stack(joined), kernels, room=qkv)
@@ -234,7 +235,7 @@ def can_decode(model: Any) -> bool:
     )
 
 
-def _linears(layer: Any) -> tuple[nn.Module, ...]:
+def _linears(layer: Any) -> tuple[Any, ...]:
     attention, mlp = layer.self_attn, layer.mlp
     return (
         *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
