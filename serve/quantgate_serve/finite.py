@@ -1,5 +1,6 @@
 """Logits that are no numbers: found before a token is made of them."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,9 @@ def all_finite(logits: Tensor) -> Tensor:
 
     Some, but not all, of a row may be minus infinity. One pass: a maximum is NaN if any of it is.
     """
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        # As in sampling.py: numpy needs half the time of torch here.
+        return torch.from_numpy(np.isfinite(logits.numpy().max(axis=-1))).all()
     return torch.isfinite(logits.amax(dim=-1)).all()
 
 

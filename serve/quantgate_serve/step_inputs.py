@@ -54,12 +54,12 @@ def build_inputs(
         firsts = lengths.cumsum() - lengths
         positions = np.arange(len(ids)) + (starts - firsts).repeat(lengths)
         token_rows = rows.repeat(lengths)
-    pages = tables.pages[token_rows, positions // page_size].astype(np.int64)
+    at, offsets = np.divmod(positions, page_size)
     return StepInputs(
         num_decodes=num_decodes,
         ids=np.array(ids, dtype=np.int64),
         positions=positions,
-        slots=pages * page_size + positions % page_size,
+        slots=tables.pages[token_rows, at].astype(np.int64) * page_size + offsets,
         starts=starts,
         lengths=lengths,
         firsts=firsts,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from quantgate_serve.kv.storage import KVStorage
@@ -36,10 +37,15 @@ def build_step(
     """The step over `inputs`, with `group` query heads on a key head. It reads their table."""
     # Long prompts are cut, so that all threads share them.
     size = max(1, min(MAX_ROWS // group, kv.page_size))
-    parts = -(-inputs.lengths // size)
-    row = np.arange(len(parts)).repeat(parts)
-    behind = (np.arange(len(row)) - (parts.cumsum() - parts)[row]) * size
-    blocks = np.empty((len(row), 4), dtype=np.int32)
+    row: NDArray[np.int64] | slice = slice(None)
+    behind: NDArray[np.int64] | int = 0
+    count = len(inputs.starts)
+    if inputs.num_decodes < count:
+        parts = -(-inputs.lengths // size)
+        row = np.arange(count).repeat(parts)
+        behind = (np.arange(len(row)) - (parts.cumsum() - parts)[row]) * size
+        count = len(row)
+    blocks = np.empty((count, 4), dtype=np.int32)
     blocks[:, 0] = inputs.firsts[row] + behind
     blocks[:, 1] = np.minimum(size, inputs.lengths[row] - behind)
     blocks[:, 2] = inputs.starts[row] + behind
