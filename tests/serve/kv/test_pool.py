@@ -64,6 +64,15 @@ def test_integrity_check_finds(holders: list[list[int]], message: str) -> None:
         pool.check_integrity(holders)
 
 
+def test_pages_come_in_the_order_in_which_they_lie_also_when_given_back() -> None:
+    pool = PagePool(8)
+    assert pool.allocate(3) == [0, 1, 2]
+    pages = pool.allocate(4)
+    assert pages == [3, 4, 5, 6]
+    pool.release(pages)
+    assert pool.allocate(5) == [3, 4, 5, 6, 7]
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Holders take, share and give back pages in any order; the books always match."""
 
