@@ -40,11 +40,11 @@ class CodedLinear(nn.Module):
             self.register_buffer(key, getattr(codes, key), persistent=False)
         self.register_buffer("order", order, persistent=False)
         self.kernels = kernels
-        self._product = Product([codes], order=order, is_gated=False)
+        self.product = Product([codes], order=order, is_gated=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., out]."""
-        return _multiply(self.kernels, self._product, x)
+        return _multiply(self.kernels, self.product, x)
 
     def extra_repr(self) -> str:
         return f"{self.name}, in_features={self.in_features}, out_features={self.out_features}"
@@ -58,23 +58,28 @@ class CodedProduct(nn.Module):
         self.linears = nn.ModuleList(linears)
         parts = [linear.part for linear in linears]
         self._kernels = linears[0].kernels
-        self._product = Product(parts, order=linears[0].order, is_gated=is_gated)
+        self.product = Product(parts, order=linears[0].order, is_gated=is_gated)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., the sum of out], or [..., out]."""
-        return _multiply(self._kernels, self._product, x)
+        return _multiply(self._kernels, self.product, x)
 
 
-def join(linears: Sequence[nn.Module], *, is_gated: bool = False) -> CodedProduct | None:
-    """`linears` as one product, None where they are not CodedLinears that agree in their inputs."""
+def can_join(linears: Sequence[nn.Module], *, is_gated: bool = False) -> bool:
+    """Whether `linears` are CodedLinears that agree in their inputs, and in outputs for a gate."""
     coded = [linear for linear in linears if isinstance(linear, CodedLinear)]
     if len(coded) < len(linears) or len(coded) > MAX_PARTS:
-        return None
+        return False
     if any(not _agree(coded[0], other) for other in coded[1:]):
+        return False
+    return not is_gated or (len(coded) == 2 and coded[0].out_features == coded[1].out_features)
+
+
+def join(linears: Sequence[Any], *, is_gated: bool = False) -> CodedProduct | None:
+    """`linears` as one product, None where that cannot be."""
+    if not can_join(linears, is_gated=is_gated):
         return None
-    if is_gated and (len(coded) != 2 or coded[0].out_features != coded[1].out_features):
-        return None
-    return CodedProduct(coded, is_gated=is_gated)
+    return CodedProduct(linears, is_gated=is_gated)
 
 
 def replace_all(model: nn.Module, kernels: QuantizedKernels | None) -> None:

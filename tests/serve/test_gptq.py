@@ -12,9 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantgate_serve import offline
+from quantgate_serve.coded import CodedLinear
 from quantgate_serve.engine import Engine
 from quantgate_serve.gptq import GptqFormatError, GptqLinear, GptqSettings, read_settings
 from quantgate_serve.kernels import read_kernels
+from quantgate_serve.loading import LoadedModel
+from quantgate_serve.native.decoder import NativeDecoder
+from quantgate_serve.native.library import find_kernels
 from quantgate_serve.request import Request
 
 GROUP = 32
@@ -123,6 +127,20 @@ def test_a_gptq_folder_loads_as_quantized_linears(gptq_folder: Path) -> None:
     bits = json.loads((gptq_folder / "config.json").read_text())["quantization_config"]["bits"]
     names = [kernel.name for kernel in read_kernels(loaded.model, loaded.device)]
     assert names == [f"quantgate GptqLinear {bits} bit", "torch Linear float32"]
+
+
+@pytest.mark.skipif(
+    find_kernels() is None or torch.backends.cpu.get_cpu_capability() != "AVX512",
+    reason="no C compiler, or no AVX-512",
+)
+def test_the_layers_of_a_gptq_folder_are_computed_in_one_call(
+    gptq_folder: Path, load_model: Callable[[Path], LoadedModel]
+) -> None:
+    decoder = load_model(gptq_folder).model
+    assert isinstance(decoder, NativeDecoder)
+    assert sum(isinstance(module, CodedLinear) for module in decoder.modules()) == 2 * 7
+    read = [kernel.name for kernel in read_kernels(decoder, torch.device("cpu"))]
+    assert read[0].startswith("quantgate fused GPTQ")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 /* All layers of a Llama-like decoder over the tokens of a step, by one team of threads.
  *
  * Norms are computed by each thread for itself: that takes less time than waiting for a share of
- * them. Of the last layer, what follows attention is computed for the rows alone that are read.
+ * them. Linears are plain or codes. Of the last layer, what follows attention is computed for the rows alone that are read.
  */
 #include "layer.h"
 
@@ -11,7 +11,10 @@
 typedef struct {
     const float *input_norm, *post_norm;
     linear qkv, output, gate_up, down;
+    const void *codes[4]; /* the same as codes; null where weights are plain */
 } layer;
+
+enum { QKV, OUTPUT, GATE_UP, DOWN };
 
 typedef struct {
     const layer *layers;
@@ -34,6 +37,7 @@ typedef struct {
     const block *blocks;
     int64_t num_blocks;
     float *qkv, *mixed, *middle, *normed;
+    float *scratch; /* for codes: [T, largest number of inputs, in multiples of 128] */
     float *read; /* [num_rows, C]: the hidden states of `rows`, the result */
 } step;
 
@@ -89,12 +93,18 @@ static void decode_part(const decoder *d, const step *s, int64_t thread, int64_t
         ns[part] += now - then;          \
         then = now;                      \
     }
+#define PRODUCT(index, part, x, y, what)                                         \
+    if (l->codes[index]) {                                                       \
+        coded_part(l->codes[index], x, tokens, s->scratch, y, what == ADD);      \
+    } else {                                                                     \
+        linear_part(&l->part, x, y, tokens, what, thread, threads);              \
+        _Pragma("omp barrier")                                                   \
+    }
     for (int64_t i = 0; i < d->num_layers; i++) {
         const layer *l = d->layers + i;
         norm(hidden, l->input_norm, normed, tokens, C, d->eps);
         COUNT(NORMS)
-        linear_part(&l->qkv, normed, s->qkv, tokens, STORE, thread, threads);
-#pragma omp barrier
+        PRODUCT(QKV, qkv, normed, s->qkv, STORE)
         COUNT(LINEARS)
         rotate_rows(d, s);
         attention a = {s->qkv, s->qkv + mixed_width, s->qkv + mixed_width + d->kv_heads * D,
@@ -117,15 +127,12 @@ static void decode_part(const decoder *d, const step *s, int64_t thread, int64_t
             tokens = s->num_rows;
         }
         COUNT(ATTENTION)
-        linear_part(&l->output, mixed, hidden, tokens, ADD, thread, threads);
-#pragma omp barrier
+        PRODUCT(OUTPUT, output, mixed, hidden, ADD)
         COUNT(LINEARS)
         norm(hidden, l->post_norm, normed, tokens, C, d->eps);
         COUNT(NORMS)
-        linear_part(&l->gate_up, normed, s->middle, tokens, GATE, thread, threads);
-#pragma omp barrier
-        linear_part(&l->down, s->middle, hidden, tokens, ADD, thread, threads);
-#pragma omp barrier
+        PRODUCT(GATE_UP, gate_up, normed, s->middle, GATE)
+        PRODUCT(DOWN, down, s->middle, hidden, ADD)
         COUNT(LINEARS)
     }
 }

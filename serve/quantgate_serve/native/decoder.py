@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantgate_serve import huge_pages, linear
+from quantgate_serve import coded, huge_pages, linear
 from quantgate_serve.attention.native_paged import NativeStep
+from quantgate_serve.coded import CodedLinear, CodedProduct
 from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.native.library import LANES, MAX_HEAD_DIM, MAX_ROWS, LayerKernels
 from quantgate_serve.native.linear import NativeLinear, alternate, can_multiply, packed_size, stack
+from quantgate_serve.native.quantized import CHUNK
 
 # What decoder.c counts its nanoseconds as, in this order.
 PARTS = ("Linears", "norms", "rotation and KV writes", "attention")
@@ -36,6 +38,7 @@ class _Layer(ctypes.Structure):
         ("output", _Linear),
         ("gate_up", _Linear),
         ("down", _Linear),
+        ("codes", _POINTER * 4),
     )
 
 
@@ -55,7 +58,7 @@ class _Step(ctypes.Structure):
         ("num_rows", _INT),
         *((name, _POINTER) for name in ("keys", "values", "slots", "pages", "blocks")),
         ("num_blocks", _INT),
-        *((name, _POINTER) for name in ("qkv", "mixed", "middle", "normed", "read")),
+        *((name, _POINTER) for name in ("qkv", "mixed", "middle", "normed", "scratch", "read")),
     )
 
 
@@ -70,9 +73,10 @@ class NativeDecoder(nn.Module):
         self.config = model.config
         self.embed_tokens = base.embed_tokens
         self.rotary = base.rotary_emb
-        layers = []
+        layers: list[_NativeLayer | _CodedLayer] = []
         for index in range(len(base.layers)):
-            layers.append(_NativeLayer(base.layers[index], kernels))
+            made = _coded_layer(base.layers[index]) or _NativeLayer(base.layers[index], kernels)
+            layers.append(made)
             base.layers[index] = nn.Identity()  # frees what was packed, before the next is
         self.layers = nn.ModuleList(layers)
         self.norm = nn.Parameter(base.norm.weight.detach().contiguous(), requires_grad=False)
@@ -81,7 +85,8 @@ class NativeDecoder(nn.Module):
         self.spent_ns: Tensor | None = None
         self._kernels = kernels
         self._eps = float(base.norm.variance_epsilon)
-        self._room = _Room(self.config, int(attention.head_dim))
+        has_codes = any(isinstance(layer, _CodedLayer) for layer in self.layers)
+        self._room = _Room(self.config, int(attention.head_dim), has_codes=has_codes)
         self._layers = (_Layer * len(layers))(*(layer.describe() for layer in layers))
         self._facts = _Decoder(
             ctypes.addressof(self._layers),
@@ -94,9 +99,9 @@ class NativeDecoder(nn.Module):
             float(attention.scaling),
         )
         self._num_weights = sum(
-            module.weight.numel()
+            module.in_features * module.out_features
             for module in self.layers.modules()
-            if isinstance(module, NativeLinear)
+            if isinstance(module, NativeLinear | CodedLinear)
         )
         self._kv: KVStorage | None = None
 
@@ -191,20 +196,44 @@ class _NativeLayer(nn.Module):
         )
 
 
+class _CodedLayer(nn.Module):
+    """The weights of one layer as codes."""
+
+    def __init__(
+        self, layer: Any, *, qkv: CodedProduct, gate_up: CodedProduct, linears: list[CodedLinear]
+    ) -> None:
+        """`linears` are the output and the down projection."""
+        super().__init__()
+        self.qkv, self.gate_up = qkv, gate_up
+        self.output, self.down = linears
+        self.input_norm = _norm(layer.input_layernorm)
+        self.post_norm = _norm(layer.post_attention_layernorm)
+
+    def describe(self) -> _Layer:
+        parts = (self.qkv, self.output, self.gate_up, self.down)
+        return _Layer(
+            self.input_norm.data_ptr(),
+            self.post_norm.data_ptr(),
+            codes=(_POINTER * 4)(*(part.product.address for part in parts)),
+        )
+
+
 class _Room:
     """Memory that a step works in, kept from step to step."""
 
-    def __init__(self, config: Any, head_dim: int) -> None:
+    def __init__(self, config: Any, head_dim: int, *, has_codes: bool) -> None:
         self.num_heads = int(config.num_attention_heads)
         self.kv_heads = int(config.num_key_value_heads)
         self.head_dim = head_dim
         self.hidden = int(config.hidden_size)
         self._middle = int(config.intermediate_size)
+        widest = max(self.num_heads * head_dim, self.hidden, self._middle)
+        self._scratch = -(-widest // CHUNK) * CHUNK if has_codes else 0
         self._size = (0, 0)
         self._tensors: tuple[Tensor, ...] = ()
 
     def of(self, tokens: int, threads: int) -> Iterator[int]:
-        """Addresses of qkv, mixed, middle and normed for as many tokens and threads."""
+        """Addresses of qkv, mixed, middle, normed and scratch for as many tokens and threads."""
         if tokens > self._size[0] or threads > self._size[1]:
             self._size = (max(tokens, self._size[0]), max(threads, self._size[1]))
             tokens, threads = self._size
@@ -213,26 +242,49 @@ class _Room:
                 *(count * self.head_dim for count in heads),
                 self._middle,
                 threads * self.hidden,
+                self._scratch,
             )
             self._tensors = tuple(torch.empty(tokens * width) for width in widths)
         return (tensor.data_ptr() for tensor in self._tensors)
 
 
 def can_decode(model: Any) -> bool:
-    """Whether decoder.c is written for this Llama-like model: plain FP32 Linears on a CPU."""
+    """Whether decoder.c is written for this Llama-like model on a CPU.
+
+    Its Linears are plain and in FP32, or all of a layer are codes of quantized.c.
+    """
     head_dim, config = int(model.model.layers[0].self_attn.head_dim), model.config
     return (
-        all(
-            linear.is_plain(part) and can_multiply(part.weight)
-            for layer in model.model.layers
-            for part in _linears(layer)
-        )
+        all(_has_codes(layer) or _is_plain(layer) for layer in model.model.layers)
         and head_dim % LANES == 0
         and head_dim <= MAX_HEAD_DIM
         and config.num_attention_heads // config.num_key_value_heads <= MAX_ROWS
         and config.intermediate_size % LANES == 0
         and model.model.norm.weight.dtype == torch.float32
     )
+
+
+def _is_plain(layer: Any) -> bool:
+    return all(linear.is_plain(part) and can_multiply(part.weight) for part in _linears(layer))
+
+
+def _has_codes(layer: Any) -> bool:
+    *qkv, output, gate, up, down = _linears(layer)
+    return (
+        coded.can_join(qkv)
+        and coded.can_join([gate, up], is_gated=True)
+        and isinstance(output, CodedLinear)
+        and isinstance(down, CodedLinear)
+        and output.kernels.lanes == LANES
+    )
+
+
+def _coded_layer(layer: Any) -> _CodedLayer | None:
+    *qkv, output, gate, up, down = _linears(layer)
+    joined, gated = coded.join(qkv), coded.join([gate, up], is_gated=True)
+    if not _has_codes(layer) or joined is None or gated is None:
+        return None
+    return _CodedLayer(layer, qkv=joined, gate_up=gated, linears=[output, down])
 
 
 def _linears(layer: Any) -> tuple[Any, ...]:

@@ -82,3 +82,7 @@ typedef struct {
 enum { STORE, ADD, GATE };
 void linear_part(const linear *l, const float *x, float *y, int64_t tokens, int what,
                  int64_t thread, int64_t threads);
+
+/* quantized.c: y [rows, outputs] of x [rows, inputs] by Linears that are stored as codes. */
+void coded_part(const void *codes, const float *x, int64_t rows, float *scratch, float *y,
+                int is_added);

@@ -24,7 +24,7 @@ from quantgate_serve.kv.storage import KVStorage
 
 _log = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
-_SOURCES = tuple(_FOLDER / name for name in ("layer.c", "linear.c", "decoder.c"))
+_SOURCES = tuple(_FOLDER / name for name in ("layer.c", "linear.c", "decoder.c", "quantized.c"))
 CACHE = Path.home() / ".cache" / "quantgate"
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fPIC")
 _TIMEOUT_S = 60

@@ -185,9 +185,9 @@ INLINE vec biased(column c, vec sum) {
     return c.of->bias ? sum + load(c.of->bias + c.tile * LANES) : sum;
 }
 
-/* y [rows, num_out] from sums [rows, width, L] of a unit. */
+/* y [rows, num_out] from sums [rows, width, L] of a unit, or that much more where `is_added`. */
 static void finish(const product *p, const unit *u, const float *sums, int64_t rows, int width,
-                   int64_t num_out, float *y) {
+                   int64_t num_out, float *y, int is_added) {
     for (int64_t r = 0; r < rows; r++)
         for (int i = 0; i < u->valid; i++) {
             const float *from = sums + r * width * LANES;
@@ -201,9 +201,9 @@ static void finish(const product *p, const unit *u, const float *sums, int64_t r
             float *to = y + r * num_out + u->at + i * LANES;
             int64_t left = c.of->num_out - c.tile * LANES;
             if (left >= LANES)
-                store(to, result);
+                store(to, is_added ? load(to) + result : result);
             else
-                memcpy(to, &result, sizeof(float) * left);
+                for (int64_t o = 0; o < left; o++) to[o] = is_added ? to[o] + result[o] : result[o];
         }
 }
 
@@ -241,6 +241,7 @@ typedef struct {
     const float *x;
     float *scratch, *y;
     int64_t rows, num_in, num_out;
+    int is_added; /* whether y grows by the product */
 } job;
 
 static void few_rows(const job *j) {
@@ -257,7 +258,7 @@ static void few_rows(const job *j) {
         float sums[DIRECT * 4 * LANES] __attribute__((aligned(64)));
         unit u = find_unit(j->p, i, width);
         multiply_few(u.columns, x, j->num_in, j->rows, is_packed, sums);
-        finish(j->p, &u, sums, j->rows, width, j->num_out, j->y);
+        finish(j->p, &u, sums, j->rows, width, j->num_out, j->y, j->is_added);
     }
 }
 
@@ -293,27 +294,35 @@ static void many_rows(const job *j) {
                 multiply_block(x + from * CHUNK, weights, n, to - from, sums + from * 2 * LANES);
             }
         }
-        finish(j->p, &u, sums, rows, 2, j->num_out, j->y + start * j->num_out);
+        finish(j->p, &u, sums, rows, 2, j->num_out, j->y + start * j->num_out,
+               j->is_added);
     }
+}
+
+/* The part of a thread in y [rows, num_out], which it sets or, where `is_added`, adds to. Every
+ * thread of a team calls this and goes on when all are done; x may be its own copy. `scratch` is the
+ * team's, of rows * (K rounded up to 128) floats. */
+void coded_part(const void *codes, const float *x, int64_t rows, float *scratch, float *y,
+                int is_added) {
+    const product *p = codes;
+    int64_t num_out = 0;
+    for (int i = 0; i < (p->is_gated ? 1 : p->num_parts); i++) num_out += p->parts[i].num_out;
+    job j = {p, x, scratch, y, rows, p->parts[0].num_in, num_out, is_added};
+    if (rows <= DIRECT)
+        few_rows(&j);
+    else
+        many_rows(&j);
 }
 
 /* Up to so many rows x is read where it lies, unless it has an order. */
 const int64_t direct_rows = DIRECT;
 const int64_t lanes = LANES;
 
-/* y [rows, num_out] from x [rows, K], both contiguous. `scratch` holds rows * (K rounded up to 128)
- * floats, where it is needed. */
-void multiply(const product *p, const float *x, int64_t rows, float *scratch, float *y,
-              int64_t threads) {
-    int64_t num_in = p->parts[0].num_in, num_out = 0;
-    for (int i = 0; i < (p->is_gated ? 1 : p->num_parts); i++) num_out += p->parts[i].num_out;
-    job j = {p, x, scratch, y, rows, num_in, num_out};
-    void (*work)(const job *) = rows <= DIRECT ? few_rows : many_rows;
-    if (num_in * num_out * (rows + 4) < MIN_PRODUCTS) threads = 1;
-    if (threads == 1) {
-        work(&j);
-        return;
-    }
-#pragma omp parallel num_threads(threads)
-    work(&j);
+/* y [rows, num_out] from x [rows, K], both contiguous. `scratch` as above, where it is needed. */
+void multiply_codes(const product *p, const float *x, int64_t rows, float *scratch, float *y,
+                    int64_t threads) {
+    int64_t products = p->parts[0].num_in * p->parts[0].num_out * p->num_parts * (rows + 4);
+    if (products < MIN_PRODUCTS) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    coded_part(p, x, rows, scratch, y, 0);
 }

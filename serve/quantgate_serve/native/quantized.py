@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("quantized.c")
 # What quantized.c is written for.
 MAX_PARTS = 3
-_CHUNK = 128
+CHUNK = 128
 _SCALE_KINDS = {torch.float32: 0, torch.float16: 1, torch.uint8: 2}
 
 
@@ -109,7 +109,7 @@ class QuantizedKernels:
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         self.lanes: int = integer.in_dll(library, "lanes").value
         self._direct_rows = integer.in_dll(library, "direct_rows").value
-        self._multiply = library.multiply
+        self._multiply = library.multiply_codes
         self._multiply.argtypes = [pointer, pointer, integer, pointer, pointer, integer]
         self._multiply.restype = None
 
@@ -119,7 +119,7 @@ class QuantizedKernels:
         y = x.new_empty((rows, product.num_out))
         scratch = None
         if rows > self._direct_rows or product.has_order:
-            scratch = x.new_empty(rows * -(-product.num_in // _CHUNK) * _CHUNK)
+            scratch = x.new_empty(rows * -(-product.num_in // CHUNK) * CHUNK)
         self._multiply(
             product.address,
             x.data_ptr(),
@@ -135,7 +135,7 @@ class QuantizedKernels:
 def find_quantized_kernels() -> QuantizedKernels | None:
     """The kernels for this machine, compiled if need be; None, and a line in the log, if not."""
     try:
-        return QuantizedKernels(build_library("cc", CACHE, SOURCE))
+        return QuantizedKernels(build_library("cc", CACHE))
     except KernelsUnavailableError as error:
         _log.warning("no native kernels for quantized Linears, torch computes instead: %s", error)
         return None
