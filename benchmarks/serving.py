@@ -39,6 +39,7 @@ from serving_arms import (
     start_server,
 )
 from serving_floor import Linears, best_gemm_rate, cold_bytes_per_s, kv_bytes, measure_floor
+from serving_idle import measure_idle
 from serving_soak import DEFAULT_REQUESTS, run_soak
 from serving_workload import BenchRequest, num_output, workload_a, workload_b, write_model
 
@@ -50,7 +51,6 @@ OWN, HTTP, STREAM, FLOOR = "our engine", "our HTTP server", "our HTTP server, SS
 FLOOR_AND_KV = "compute floor plus KV bytes"
 # Sizes of continuous batching to try on a part of each workload; the best one runs the whole.
 _CONTINUOUS_SIZES = ((64, 512), (64, 256), (128, 1024))
-_MAX_IDLE_OVERHEAD_MS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def run_speed(folder: Path, *, quick: bool) -> tuple[dict[str, Any], list[str]]:
     with start_server(settings, folder / "ready.json") as server:
         for figures in workloads.values():
             _run_rounds(figures, reference, engine, server, linears, quick=quick)
-        idle = _idle_overhead(engine, server)
+        idle = measure_idle(engine, server)
     print(_table(workloads, idle))
     missed = _missed(workloads, idle)
     report = {
@@ -221,20 +221,7 @@ def _share_equal(figures: Figures, ours: str, theirs: str) -> str:
     return f"{equal} of {len(other)}"
 
 
-def _idle_overhead(engine: OwnEngine, server: Any) -> dict[str, float]:
-    """What HTTP, queue and window add to one request on an idle server, in milliseconds."""
-    requests = [BenchRequest([index + 2] * 16, 8) for index in range(40)]
-    inside = [1e3 * value for value in engine.latencies_s(requests)]
-    outside = [1e3 * value for value in server.latencies_s(requests)]
-    return {
-        "in_process_ms": round(median(inside), 2),
-        "http_ms": round(median(outside), 2),
-        "overhead_ms": round(median(outside) - median(inside), 2),
-        "target_ms": _MAX_IDLE_OVERHEAD_MS,
-    }
-
-
-def _table(workloads: dict[str, Figures], idle: dict[str, float]) -> str:
+def _table(workloads: dict[str, Figures], idle: dict[str, Any]) -> str:
     lines = []
     for name, figures in workloads.items():
         count = len(figures.requests)
@@ -256,7 +243,7 @@ def _table(workloads: dict[str, Figures], idle: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def _missed(workloads: dict[str, Figures], idle: dict[str, float]) -> list[str]:
+def _missed(workloads: dict[str, Figures], idle: dict[str, Any]) -> list[str]:
     missed = [
         f"workload {name}: {target.ours} / {target.theirs} is "
         f"{figures.ratio(target.ours, target.theirs):.2f}, wanted >= {target.minimum[name]}"

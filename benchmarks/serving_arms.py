@@ -7,7 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -18,12 +18,15 @@ import transformers
 from serving_workload import BenchRequest, num_output
 
 from quantgate_serve.config import ServerSettings
+from quantgate_serve.http.responses import timings
 from quantgate_serve.loading import LoadedModel
 from quantgate_serve.request import Request, SamplingParams
 from quantgate_serve.startup import build_engine, load_for_serving
 
 _HERE = Path(__file__).parent
 _READY_S = 120.0
+# One request to its seconds and the server's own account of them (latency_s, timings).
+Ask = Callable[[BenchRequest], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,18 +148,19 @@ class OwnEngine:
             sizes.sum / max(1, sum(sizes.counts)),
         )
 
-    def latencies_s(self, requests: Sequence[BenchRequest]) -> list[float]:
-        """Each request alone on the idle engine, one after another."""
+    def one_by_one(self) -> Ask:
+        """Computes a request alone on the idle engine; gives what the client of a server would."""
         engine = build_engine(self.loaded, self.settings)
-        result = []
-        for request in requests:
+
+        def ask(request: BenchRequest) -> dict[str, Any]:
             asked = _to_request(request)
             started = perf_counter()
             engine.submit([asked])
             while engine.has_work:
                 engine.step()
-            result.append(perf_counter() - started)
-        return result
+            return {"latency_s": perf_counter() - started, "timings": timings([asked])}
+
+        return ask
 
 
 def _to_request(request: BenchRequest) -> Request:
@@ -173,25 +177,40 @@ class OwnServer:
 
     def run(self, requests: Sequence[BenchRequest], *, stream: bool) -> ArmResult:
         """All requests at once, from a client in a process of its own."""
-        answer = self._ask(requests, stream=stream, sequential=False)
+        answer = self._ask(requests, stream=stream)
         expected = num_output(list(requests))
         if answer["num_output"] != expected:
             raise RuntimeError(f"the server gave {answer['num_output']} tokens, not {expected}")
         return ArmResult(expected, answer["duration_s"])
 
-    def latencies_s(self, requests: Sequence[BenchRequest]) -> list[float]:
-        """One request at a time over one connection."""
-        latencies: list[float] = self._ask(requests, stream=False, sequential=True)["latencies_s"]
-        return latencies
+    @contextlib.contextmanager
+    def one_by_one(self) -> Iterator[Ask]:
+        """Sends a request and waits for its answer, over one connection."""
+        client = subprocess.Popen(
+            [sys.executable, str(_HERE / "serving_client.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        with client, client.stdin as asking, client.stdout as answers:  # type: ignore[union-attr]
 
-    def _ask(
-        self, requests: Sequence[BenchRequest], *, stream: bool, sequential: bool
-    ) -> dict[str, Any]:
+            def write(value: dict[str, Any]) -> None:
+                asking.write(json.dumps(value) + "\n")
+                asking.flush()
+
+            def ask(request: BenchRequest) -> dict[str, Any]:
+                write(asdict(request))
+                answer: dict[str, Any] = json.loads(answers.readline())
+                return answer
+
+            write({"url": self.url, "model": self.model_name, "stream": False})
+            yield ask
+
+    def _ask(self, requests: Sequence[BenchRequest], *, stream: bool) -> dict[str, Any]:
         job = {
             "url": self.url,
             "model": self.model_name,
             "stream": stream,
-            "sequential": sequential,
             "requests": [asdict(request) for request in requests],
         }
         return ask_client(job)

@@ -40,7 +40,6 @@ def run_soak(folder: Path, *, count: int) -> tuple[dict[str, Any], list[str]]:
                     "url": server.url,
                     "model": server.model_name,
                     "stream": False,
-                    "sequential": False,
                     "connections": _CONNECTIONS,
                     "requests": requests,
                 }
