@@ -3,8 +3,8 @@
 `ShortDecoder` computes what a Llama-like layer computes, with fewer calls: query, key and value in
 one product, one rotation for both, a sum and its norm at once (by native kernels; in torch a norm
 is four operations). It takes the weights (also quantized Linears, as they are) out of the loaded
-model. Where all of these are plain and in FP32, or codes, native/decoder.py computes the layers without
-torch. Every other model goes through its own forward.
+model. Where all of these are plain and in FP32, or codes of coded.py, native/decoder.py computes
+the layers without torch. Every other model goes through its own forward.
 
 Shapes: T tokens of the step, R rows to read, C hidden size, N query heads, K key heads, D head dim.
 """
