@@ -39,6 +39,7 @@ class VariantEvidence:
     """By its scheme."""
     audit_failure: str | None
     golden_sets: Sequence[GoldenSet]
+    reference_name: str
     reference: QualityResult
     candidate: QualityResult
     overlap: str | None
@@ -116,8 +117,16 @@ def _served(evidence: VariantEvidence, release: ReleaseFolder) -> list[Measureme
         return missing_served(reason)
     if not distribution.is_file() or not served.is_file():
         return []
+    reference = release.served(evidence.reference_name)
+    again = release.rerun(evidence.name, "served")
     try:
-        return reduce_served(distribution, served, source=_source(served, release))
+        return reduce_served(
+            distribution,
+            served,
+            reference=reference if reference.is_file() else None,
+            again=again if again.is_file() else None,
+            source=_source(served, release),
+        )
     except MeasurementError as error:
         return missing_served(str(error))
 

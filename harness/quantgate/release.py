@@ -112,6 +112,7 @@ def measure_release(request: ReleaseRequest, progress: Progress) -> ReleaseFolde
                     is_calibrated=plan.policy.variants[name].scheme in CALIBRATED_SCHEMES,
                     audit_failure=audits.failures.get(name),
                     golden_sets=plan.golden_sets,
+                    reference_name=plan.policy.reference,
                     reference=quality.answers[plan.policy.reference],
                     candidate=quality.answers[name],
                     overlap=_overlap(plan, variant),

@@ -22,16 +22,17 @@ _DISTRIBUTIONS = (
     *_SHARES_OF_AGREEMENT,
     *("kl_nats", "perplexity", "served_kl_nats", "served_logprob_difference_nats"),
 )
-_OF_THE_TWIN = ".healthy"
+_IN_UNITS = (".healthy", ".reference", ".itself")
 
 
 def has_noise_floor(metric: str) -> bool:
     """Whether the reference, measured against itself, says how fine a gate on `metric` may be.
 
-    Not KL in units of the healthy twin's: the twin itself is far above any noise.
+    Not what is in units of the healthy twin's KL, which is far above any noise, or of how far a
+    server is from offline scoring or from itself, which is such noise.
     """
     name = parse_metric(metric)
-    if name.noun.endswith(_OF_THE_TWIN):
+    if name.noun.endswith(_IN_UNITS):
         return False
     return name.is_golden_set or name.stem in _DISTRIBUTIONS
 

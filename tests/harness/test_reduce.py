@@ -73,6 +73,7 @@ def reduce(
         "is_calibrated": False,
         "audit_failure": None,
         "golden_sets": [],
+        "reference_name": "source",
         "reference": asked,
         "candidate": asked,
         "overlap": None,

@@ -79,6 +79,7 @@ def test_a_floor_that_was_not_measured_lets_no_gate_judge() -> None:
         ("quality/kl_nats.from-256.mean", True),
         ("quality/top1_agreement.confident.rate", True),
         ("quality/kl_nats.healthy.ratio", False),
+        ("quality/served_logprob_difference_nats.reference.ratio", False),
         ("quality/non_finite.count", False),
         ("divergence/set.same.rate", False),
         ("quality/noise_floor_kl_nats.mean", False),

@@ -87,12 +87,17 @@ class GroupSizeFault(Fault):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingFault(Fault):
-    """A sound artifact, served by a process with a fault in it, or with other options."""
+    """A sound artifact, in processes with a fault in them, or served with other options."""
 
     planted: str | None = None
     """The name of the fault in drill/planted/sitecustomize.py; None for none."""
     options: Mapping[str, int] = field(default_factory=dict)
     """Server options that differ from the policy's."""
+    is_server_only: bool = False
+    """Planted where the model is served and not where it is scored offline, as a fault of the
+    server's own code is."""
+    is_in_reference: bool = False
+    """The reference is served with the fault as well, as by an engine that has it."""
 
 
 AnyFault: TypeAlias = (

@@ -1,4 +1,4 @@
-"""The layers that judge mutants, cheap to dear: audit, distribution, behaviour through the server.
+"""The layers that judge mutants, cheap to dear: audit, distribution, served = offline, behaviour.
 
 Each takes models by key and returns their measurements; a model that cannot be measured has Missing
 ones, so that absence is judged and not skipped.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from quantgate.audit.report import missing_audit, read_report, reduce_audit
@@ -23,18 +23,22 @@ from quantgate.quality.distribution import Candidate, compare_with_reference
 from quantgate.quality.distribution_results import METRICS, reduce_distribution
 from quantgate.quality.distribution_store import group_size_of
 from quantgate.quality.golden import GoldenSet
-from quantgate.quality.rendering import Renderer
+from quantgate.quality.noise_floor import METRICS as NOISE_METRICS
+from quantgate.quality.rendering import RenderedPrompt, Renderer
 from quantgate.quality.results import missing_golden_set, reduce_golden_set
-from quantgate.quality.stage import QualityResult, ServedModel, measure_quality
-from quantgate.server_pool import ServerPool
+from quantgate.quality.served import METRICS as SERVED_METRICS
+from quantgate.quality.stage import QualityResult
 from quantgate.units import parse_metric
 from quantgate.variants.build import Variant
 from quantgate.variants.scheme import CALIBRATED_SCHEMES
 from quantgate.verdict import Verdict, judge
 
-AUDIT, DISTRIBUTION, BEHAVIOUR = "audit", "distribution", "behaviour"
-LAYERS = (AUDIT, DISTRIBUTION, BEHAVIOUR)
-_DISTRIBUTION_NOUNS = {metric.split(".")[0] for metric in METRICS}
+AUDIT, DISTRIBUTION, SERVED, BEHAVIOUR = "audit", "distribution", "served", "behaviour"
+LAYERS = (AUDIT, DISTRIBUTION, SERVED, BEHAVIOUR)
+_NOUNS = {
+    DISTRIBUTION: {metric.split(".")[0] for metric in METRICS},
+    SERVED: {metric.split(".")[0] for metric in (*SERVED_METRICS, *NOISE_METRICS)},
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +56,8 @@ def layer_of(gate: Gate) -> str | None:
         return AUDIT
     if name.is_golden_set:
         return BEHAVIOUR
-    return DISTRIBUTION if gate.metric.split(".")[0] in _DISTRIBUTION_NOUNS else None
+    first = gate.metric.split(".")[0]
+    return next((layer for layer, nouns in _NOUNS.items() if first in nouns), None)
 
 
 def audit_layer(
@@ -92,11 +97,7 @@ def distribution_layer(
         out: the parquet of each model; one that is there already is not computed again.
         log: the folder of the processes' logs.
     """
-    if plan.documents is None or plan.policy.distribution is None:
-        raise UsageError("distribution gates need documents: name a golden set in the policy.")
-    max_tokens = plan.policy.distribution.max_tokens
-    rendered = Renderer(reference).render(plan.documents)
-    documents = [document for document in rendered if min(len(document.ids), max_tokens) >= 2]
+    documents, max_tokens = scored_documents(plan, reference)
     seconds: dict[str, float] = {}
 
     def score(batch: Mapping[str, Candidate], number: int) -> dict[str, str]:
@@ -154,28 +155,17 @@ def _candidate(plan: Plan, variant: Variant) -> Candidate:
     )
 
 
-def ask(
-    plan: Plan,
-    model: ServedModel,
-    sets: Sequence[GoldenSet],
-    *,
-    store: Path,
-    log: Path,
-    options: Mapping[str, int],
-    on_answers: Callable[[int], None],
-) -> QualityResult:
-    """Serves one model on its own and asks it golden sets."""
-    server = replace(plan.server, **options)  # type: ignore[arg-type]
-    with ServerPool(server, keeps_running=False) as servers:
-        return measure_quality(
-            model,
-            sets,
-            store=store,
-            log=log,
-            servers=servers,
-            timeout_s=plan.timeout_s * 10,
-            on_answers=on_answers,
-        )
+def scored_documents(plan: Plan, reference: Path) -> tuple[list[RenderedPrompt], int]:
+    """The documents that have a token to predict, and how many tokens of each are scored.
+
+    Raises:
+        UsageError: the policy names no documents.
+    """
+    if plan.documents is None or plan.policy.distribution is None:
+        raise UsageError("distribution gates need documents: name a golden set in the policy.")
+    max_tokens = plan.policy.distribution.max_tokens
+    rendered = Renderer(reference).render(plan.documents)
+    return [one for one in rendered if min(len(one.ids), max_tokens) >= 2], max_tokens
 
 
 def reduce_behaviour(

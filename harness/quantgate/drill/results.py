@@ -39,7 +39,7 @@ class DrillRow:
     is_harmful: bool
     outcome: Caught
     layer: str
-    """The layer that decided: preflight, build, digest, lock, audit, distribution, behaviour."""
+    """The layer that decided: preflight, build, digest, lock, or one of layers.LAYERS."""
     gates: tuple[str, ...]
     """The gates that pass on the sound variant and not on this one."""
     verdict: str

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quantgate.drill.fault import AnyFault
-from quantgate.drill.layers import AUDIT, DISTRIBUTION, Measured
+from quantgate.drill.layers import AUDIT, DISTRIBUTION, SERVED, Measured
 from quantgate.drill.planting import Refused
 from quantgate.drill.results import Caught, DrillRow
 from quantgate.drill.trials import Sound, Trial
 from quantgate.measure import Clustered, Scalar
 from quantgate.verdict import Outcome, Verdict
 
+_SERVED_KL = "quality/served_kl_nats.mean"
 NO_EFFECT = 1.05
 """A mean KL within this factor of the sound variant's is no effect to be seen."""
 
@@ -88,15 +89,29 @@ def _note(trial: Trial, sound: Sound, outcome: Caught, turned: Sequence[Verdict]
 
 
 def _kl_factor(trial: Trial, sound: Sound) -> float | None:
-    """Mean KL over the sound variant's; None where either was not measured."""
-    mine = _mean_kl(trial.measured.get(DISTRIBUTION))
+    """Mean KL over the sound variant's; None where either was not measured.
+
+    A fault of the server alone adds KL between what is served and what is computed offline.
+    """
     healthy = _mean_kl(sound.measured(DISTRIBUTION, trial.sound.name))
-    return None if mine is None or not healthy else mine / healthy
+    if DISTRIBUTION in trial.layers:
+        mine = _mean_kl(trial.measured.get(DISTRIBUTION))
+        return None if mine is None or not healthy else mine / healthy
+    served = _mean_kl(trial.measured.get(SERVED), _SERVED_KL)
+    before = _mean_kl(sound.measured(SERVED, trial.sound.name), _SERVED_KL)
+    if served is None or before is None or not healthy:
+        return None
+    return (healthy + served) / (healthy + before)
 
 
 def _effect(trial: Trial, sound: Sound) -> str:
     """How large the fault is, by the deepest layer that has a number for it."""
     factor, kl = _kl_factor(trial, sound), _mean_kl(trial.measured.get(DISTRIBUTION))
+    served = _mean_kl(trial.measured.get(SERVED), _SERVED_KL)
+    if DISTRIBUTION not in trial.layers and served is not None:
+        usual = _mean_kl(sound.measured(SERVED, trial.sound.name), _SERVED_KL)
+        times = f", {served / usual:.3g} x sound" if usual else ""
+        return f"served KL {served:.3g} nats{times}"
     if factor is not None and kl is not None:
         return f"KL {kl:.3g} nats, {factor:.3g} x sound"
     audited, healthy = trial.measured.get(AUDIT), sound.measured(AUDIT, trial.sound.name)
@@ -121,8 +136,8 @@ def _scalars(measured: Measured) -> dict[str, float]:
     return {m.metric: m.value for m in measured.measurements if isinstance(m, Scalar)}
 
 
-def _mean_kl(measured: Measured | None) -> float | None:
+def _mean_kl(measured: Measured | None, metric: str = "quality/kl_nats.mean") -> float | None:
     for measurement in measured.measurements if measured else ():
-        if measurement.metric == "quality/kl_nats.mean" and isinstance(measurement, Clustered):
+        if measurement.metric == metric and isinstance(measurement, Clustered):
             return sum(measurement.totals) / sum(measurement.counts)
     return None

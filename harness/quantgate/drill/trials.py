@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from quantgate.drill.fault import AnyFault, GoldenFault, ServingFault
-from quantgate.drill.layers import AUDIT, BEHAVIOUR, DISTRIBUTION, LAYERS, Measured
+from quantgate.drill.layers import BEHAVIOUR, DISTRIBUTION, LAYERS, SERVED, Measured
 from quantgate.drill.planting import Planted
 from quantgate.variants.build import Variant
 from quantgate.verdict import Outcome, Verdict
@@ -28,11 +28,13 @@ class Trial:
     def layers(self) -> tuple[str, ...]:
         """Where it can differ from the sound variant at all."""
         match self.fault:
-            case GoldenFault() | ServingFault(planted=None):
+            case GoldenFault():
                 return (BEHAVIOUR,)
+            case ServingFault(planted=None) | ServingFault(is_server_only=True):
+                return (SERVED, BEHAVIOUR)
             case ServingFault():
-                return (DISTRIBUTION, BEHAVIOUR)
-        return (AUDIT, DISTRIBUTION, BEHAVIOUR)
+                return (DISTRIBUTION, SERVED, BEHAVIOUR)
+        return LAYERS
 
     def take(self, layer: str, measured: Measured, verdicts: Sequence[Verdict]) -> None:
         """Keeps what a layer found."""

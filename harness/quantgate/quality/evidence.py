@@ -141,7 +141,9 @@ class _Work:
         num_asked = sum(len(golden.items) for golden in self._plan.golden_sets)
         num_asked += len(self._documents)
         num_compared = len(self._variants) if self._documents else 0
-        return num_asked * (len(self.models) + 1) + num_compared
+        twice = [m for m in self.models if served.is_asked_twice(self._plan.policy, m.name)]
+        num_again = len(twice) * len(self._documents)
+        return num_asked * (len(self.models) + 1) + num_again + num_compared
 
     def queues(self) -> dict[str, list[Piece]]:
         """By model; the reference first, since others may wait for its answers."""
@@ -173,6 +175,9 @@ class _Work:
         def ask_documents() -> None:
             try:
                 self._ask_documents(model, FULL_BATCHES, self._release.served(model.name))
+                if served.is_asked_twice(self._plan.policy, model.name):
+                    again = self._release.rerun(model.name, "served")
+                    self._ask_documents(model, OTHER_BATCHES, again)
             except MeasurementError as error:
                 asked.served_failure = str(error)
                 self._progress.note(f"{model.name}: served: {str(error).splitlines()[0]}")

@@ -15,13 +15,15 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quantgate.errors import MeasurementError
 from quantgate.files import sha256_of_file, sha256_of_json
 from quantgate.machine import processor_of
-from quantgate.measure import Clustered, Measurement, Missing, Scalar
+from quantgate.measure import Clustered, ClusteredRatio, Measurement, Missing, Scalar
+from quantgate.policy import Policy, required_gates
 from quantgate.quality.completions import (
     FULL_BATCHES,
     UNEXPECTED,
@@ -32,6 +34,7 @@ from quantgate.quality.completions import (
 from quantgate.quality.rendering import RenderedPrompt
 from quantgate.quality.scored_tokens import (
     SCHEMA,
+    FloatArray,
     ScoredTokens,
     compare_paths,
     read_scored_tokens,
@@ -40,12 +43,19 @@ from quantgate.quality.scored_tokens import (
 from quantgate.quality.stage import ServedModel, engine_sha256
 from quantgate.server_pool import ServerPool
 
+RELATIVE = "quality/served_logprob_difference_nats.reference.ratio"
+OWN_NOISE = "quality/served_logprob_difference_nats.itself.ratio"
+"""Of variants that are asked a second time in other batches, which a gate on it does."""
 METRICS = (
     "quality/served_kl_nats.mean",
     "quality/served_kl_nats.max",
     "quality/served_logprob_difference_nats.mean",
     "quality/served_logprob_difference_nats.max",
+    RELATIVE,
+    OWN_NOISE,
 )
+RESOLUTION_NATS = 1e-6
+"""FP32 log-probabilities of a dozen nats are so far apart; a smaller difference counts as this."""
 NUM_TOP = 8
 """Likely tokens named at each position; offline scoring names twice as many, so that those of the
 server are among them also where near-ties change places."""
@@ -103,18 +113,109 @@ def measure_served(
     return path
 
 
-def reduce_served(distribution: Path, served: Path, *, source: str) -> list[Measurement]:
+def is_asked_twice(policy: Policy, name: str) -> bool:
+    """Whether a variant has a gate on how far it is from itself; the source has none."""
+    return name in policy.variants and any(
+        gate.metric == OWN_NOISE for gate in required_gates(policy, name)
+    )
+
+
+def reduce_served(
+    distribution: Path, served: Path, *, reference: Path | None, again: Path | None, source: str
+) -> list[Measurement]:
     """Compares what a variant's server said with what offline scoring said of the same tokens.
+
+    Args:
+        reference: what the reference's server said of them; None where it said nothing.
+        again: what the variant's server said in other batches; None where it was asked once.
 
     Raises:
         MeasurementError: they did not score the same tokens.
     """
-    table = compare_paths(offline_tokens(distribution), read_scored_tokens(served))
+    said = read_scored_tokens(served)
+    table = compare_paths(offline_tokens(distribution), said)
     is_finite = table["is_finite"].to_numpy()
     if not is_finite.all():
         reason = f"{(~is_finite).sum()} of {len(is_finite)} positions have non-finite logits"
         return missing_served(reason, source=source)
-    return reduce_difference(table, "served", source=source)
+    return [
+        *reduce_difference(table, "served", source=source),
+        _in_units_of_reference(distribution, said, reference, source=source),
+        _in_units_of_itself(distribution, said, again, source=source),
+    ]
+
+
+def _in_units_of_reference(
+    distribution: Path, served: ScoredTokens, reference: Path | None, *, source: str
+) -> Measurement:
+    """How far served is from offline, in units of how far it is for the reference.
+
+    Both are the same sums in another order on the same tokens, so that a variant of any size of
+    rounding is near 1, and a fault of its own way through the server stands out.
+    """
+    if reference is None:
+        reason = "the reference's documents were not scored through its server"
+        return Missing(metric=RELATIVE, reason=reason, source=source)
+    offline = pq.read_table(distribution, columns=["reference_nll_nats"])
+    return _ratio(
+        RELATIVE,
+        (served.log_probs, _offline_log_probs(distribution)),
+        (_same_tokens(served, reference).log_probs, -offline["reference_nll_nats"].to_numpy()),
+        served.documents,
+        source=source,
+    )
+
+
+def _in_units_of_itself(
+    distribution: Path, served: ScoredTokens, again: Path | None, *, source: str
+) -> Measurement:
+    """How far served is from offline, in units of how far it is from served in other batches.
+
+    Offline is a batch of one, so that where batch mates change the rounding this is near 1 too.
+    """
+    if again is None:
+        reason = "the variant's documents were not scored through its server a second time"
+        return Missing(metric=OWN_NOISE, reason=reason, source=source)
+    return _ratio(
+        OWN_NOISE,
+        (served.log_probs, _offline_log_probs(distribution)),
+        (served.log_probs, _same_tokens(served, again).log_probs),
+        served.documents,
+        source=source,
+    )
+
+
+def _offline_log_probs(distribution: Path) -> FloatArray:
+    table = pq.read_table(distribution, columns=["candidate_nll_nats"])
+    nll: FloatArray = table["candidate_nll_nats"].to_numpy()
+    return -nll
+
+
+def _same_tokens(served: ScoredTokens, path: Path) -> ScoredTokens:
+    other = read_scored_tokens(path)
+    if not np.array_equal(other.token_ids, served.token_ids):
+        raise MeasurementError("the other server did not score the same tokens")
+    return other
+
+
+def _ratio(
+    metric: str,
+    candidate: tuple[FloatArray, FloatArray],
+    baseline: tuple[FloatArray, FloatArray],
+    documents: npt.NDArray[Any],
+    *,
+    source: str,
+) -> Measurement:
+    """Of the sums of differences, by document; each difference is what FP32 can tell at least."""
+    _, index = np.unique(documents, return_inverse=True)
+    sums = []
+    for first, second in (candidate, baseline):
+        differences = np.maximum(np.abs(first - second), RESOLUTION_NATS)
+        if not np.isfinite(differences).all():
+            reason = "the other server has non-finite logits"
+            return Missing(metric=metric, reason=reason, source=source)
+        sums.append(tuple(np.bincount(index, weights=differences)))
+    return ClusteredRatio(metric=metric, candidate=sums[0], baseline=sums[1], source=source)
 
 
 def reduce_difference(table: pa.Table, prefix: str, *, source: str) -> list[Measurement]:

@@ -18,7 +18,11 @@ from quantgate.drill.serving_faults import serving_faults
 
 from ..audit.conftest import write_source
 
-FAULTS = [fault.planted for fault in serving_faults() if fault.planted]
+FAULTS = sorted(
+    {fault.planted for fault in serving_faults() if fault.planted}
+    # Of these the one runs as any model does, and the other is not in a whole document.
+    - {"neighbours-mlp", "decode-positions"}
+)
 # What the server makes of a model is asked too: it takes known layers apart, and hooks with them.
 SCRIPT = """
 import json, sys
@@ -65,6 +69,23 @@ def test_a_fault_is_computed_in_its_model_and_in_no_other(
     assert not torch.equal(found, sound)
     assert torch.equal(beside, sound)
     assert (way, way_beside) == ("WholeDecoder", "ShortDecoder")
+
+
+def test_the_neighbours_weights_run_the_way_the_servers_own_do(
+    folder: Path, sound: torch.Tensor
+) -> None:
+    with planted_processes({folder: "neighbours-mlp"}):
+        [(found, way)] = compute(folder)
+    assert not torch.equal(found, sound)
+    assert way == "ShortDecoder"
+
+
+def test_late_positions_of_generated_tokens_leave_a_whole_document_as_it_is(
+    folder: Path, sound: torch.Tensor
+) -> None:
+    with planted_processes({folder: "decode-positions"}):
+        [(found, _)] = compute(folder)
+    assert torch.equal(found, sound)
 
 
 def test_not_a_number_is_planted_beyond_the_position_and_nowhere_before(

@@ -43,10 +43,26 @@ gates:
   - {id: kl, metric: quality/kl_nats.mean, test: mean, max: 0.001 nats}
   - {id: finite, metric: quality/non_finite.count, test: limit, max: 0 count}
 """
+SERVED = """
+distribution: {golden_set: order-prose, max_tokens: 64}
+gates:
+  - {id: served, metric: quality/served_kl_nats.mean, test: mean, max: 0.00001 nats}
+  - {id: near, metric: quality/served_logprob_difference_nats.reference.ratio, test: mean, max: 3 x}
+  - {id: noise-floor, metric: quality/noise_floor_kl_nats.mean, test: mean, max: 0.00001 nats}
+"""
 BEHAVIOUR = """
 golden_sets: [order-lookup]
 gates:
   - {id: finished, metric: validity/order-lookup.finished, test: rate, max: 50 %}
+"""
+
+
+GENERATED = """
+golden_sets: [order-extract]
+distribution: {golden_set: order-prose, max_tokens: 64}
+gates:
+  - {id: served, metric: quality/served_kl_nats.mean, test: mean, max: 0.00001 nats}
+  - {id: extract, metric: quality/order-extract.exact_match, test: non_inferiority, margin: 30 pt}
 """
 
 
@@ -136,7 +152,7 @@ def test_what_no_gate_of_the_policy_looks_at_is_not_judged_and_a_fault_there_is_
         "kv-scale": (Caught.LET_THROUGH, ""),
     }
     notes = {row.fault: row.note for row in result.rows}
-    assert notes["same-again"].startswith("not judged: no gate of the policy looks at behaviour")
+    assert notes["same-again"].startswith("not judged: no gate of the policy looks at served or")
     assert notes["kv-scale"].startswith("not judged: no gate of the policy looks at distribution")
     assert result.not_applicable["items-shuffled.bf16"] == "the policy names no golden set"
     assert (result.exit_code, result.num_benign, result.num_not_judged) == (1, 1, 1)
@@ -167,6 +183,41 @@ def test_a_gate_that_does_not_pass_on_the_sound_variant_judges_nothing(tmp_path:
     }
     reason = "not judged: weights do not pass on the sound variant either"
     assert {row.note for row in result.rows} == {reason}
+
+
+def test_the_served_layer_sees_faults_of_the_server_alone_and_no_other_batch_size(
+    mini_project: MiniProject,
+) -> None:
+    faults = ("served-neighbour", "served-linear", "batch-mates", "other-batches")
+    result, path = drill(mini_project.root, SERVED, faults, model="order-desk")
+    assert outcomes(result) == {
+        "served-neighbour": (Caught.CAUGHT, "served"),
+        "served-linear": (Caught.CAUGHT, "served"),
+        "batch-mates": (Caught.CAUGHT, "served"),
+        "other-batches": (Caught.PASSED, ""),
+    }
+    assert result.is_clean
+    gates = {row.fault: row.gates for row in result.rows}
+    # Within the absolute limit, and far from how near the reference's server is to offline.
+    assert gates["served-linear"] == ("near",)
+    # An engine with a fault has it for the reference too, which then differs from itself.
+    assert gates["batch-mates"][0] == "served"
+    assert "noise-floor" in gates["batch-mates"]
+    assert gates["served-neighbour"][:2] == ("served", "near")
+    effects = {row.fault: row.effect for row in result.rows}
+    assert effects["served-linear"].startswith("served KL ")
+    assert effects["served-linear"].endswith(" x sound")
+    # The weights are sound, so nothing was scored offline but the sound variant.
+    assert not list((path.parent / "distribution").glob("*.parquet"))
+
+
+def test_behaviour_sees_what_only_generating_shows(mini_project: MiniProject) -> None:
+    sets = mini_project.root / "golden_sets"
+    if not (sets / "order-extract").exists():
+        model = mini_project.root / "order-desk"
+        write_mini_set("order-extract", sets, model=model, num_items=12)
+    result, _ = drill(mini_project.root, GENERATED, ("decode-positions",), model="order-desk")
+    assert outcomes(result) == {"decode-positions": (Caught.CAUGHT, "behaviour")}
 
 
 def test_an_unknown_fault_is_refused_before_anything_is_built(tmp_path: Path) -> None:

@@ -10,13 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
 from quantgate.errors import MeasurementError
 from quantgate.files import sha256_of_file
-from quantgate.measure import Clustered, Measurement, Missing, Scalar
+from quantgate.measure import Clustered, ClusteredRatio, Measurement, Missing, Scalar
+from quantgate.policy import load_policy
 from quantgate.quality.completions import FULL_BATCHES
 from quantgate.quality.distribution import Candidate, compare_with_reference
 from quantgate.quality.golden import load_golden_set
@@ -27,7 +29,16 @@ from quantgate.quality.noise_floor import (
     reduce_noise,
 )
 from quantgate.quality.rendering import RenderedPrompt, Renderer
-from quantgate.quality.served import METRICS, _read, measure_served, reduce_served
+from quantgate.quality.served import (
+    METRICS,
+    OWN_NOISE,
+    RELATIVE,
+    RESOLUTION_NATS,
+    _read,
+    is_asked_twice,
+    measure_served,
+    reduce_served,
+)
 from quantgate.quality.stage import ServedModel
 from quantgate.server import ServerOptions
 from quantgate.server_pool import ServerPool
@@ -116,8 +127,19 @@ def worst(found: dict[str, Measurement], metric: str) -> float:
     return measured.value
 
 
-def reduced(offline: Path, served: Path) -> dict[str, Measurement]:
-    return {m.metric: m for m in reduce_served(offline, served, source="served.parquet")}
+def ratio(found: dict[str, Measurement]) -> float:
+    measured = found[RELATIVE]
+    assert isinstance(measured, ClusteredRatio)
+    return sum(measured.candidate) / sum(measured.baseline)
+
+
+def reduced(
+    offline: Path, served: Path, reference: Path | None = None, *, again: Path | None = None
+) -> dict[str, Measurement]:
+    found = reduce_served(
+        offline, served, reference=reference, again=again, source="served.parquet"
+    )
+    return {m.metric: m for m in found}
 
 
 def test_a_sound_server_says_what_offline_scoring_says(offline: Path, sound: Sound) -> None:
@@ -128,7 +150,11 @@ def test_a_sound_server_says_what_offline_scoring_says(offline: Path, sound: Sou
 
 
 def test_a_server_that_reads_the_values_of_another_head_in_one_layer_is_far_beyond_rounding(
-    offline: Path, model: ServedModel, documents: list[RenderedPrompt], tmp_path: Path
+    offline: Path,
+    sound: Sound,
+    model: ServedModel,
+    documents: list[RenderedPrompt],
+    tmp_path: Path,
 ) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(model.folder, damaged)
@@ -141,9 +167,57 @@ def test_a_server_that_reads_the_values_of_another_head_in_one_layer_is_far_beyo
             replace(model, folder=damaged), documents, max_tokens=MAX_TOKENS, store=tmp_path,
             log=tmp_path / "log", servers=servers, timeout_s=120, on_answers=lambda _: None,
         )  # fmt: skip
-    found = reduced(offline, served)
+    found = reduced(offline, served, sound.rerun.first)
+    assert ratio(found) > 100
     assert mean(found, "quality/served_kl_nats.mean") > FP32_MEAN_NATS
     assert worst(found, "quality/served_logprob_difference_nats.max") > FP32_WORST_NATS
+
+
+def test_a_sound_server_is_as_far_from_offline_as_the_references(
+    offline: Path, sound: Sound
+) -> None:
+    # The same model in both places, in other batches: what is served is the reference's noise.
+    found = reduced(offline, sound.rerun.second, sound.rerun.first)
+    assert ratio(found) == pytest.approx(1, abs=0.2)
+
+
+def test_without_a_served_reference_nothing_is_in_its_units(offline: Path, sound: Sound) -> None:
+    found = reduced(offline, sound.rerun.first)[RELATIVE]
+    assert isinstance(found, Missing)
+    assert "the reference's documents were not scored through its server" in found.reason
+
+
+def test_a_server_is_in_units_of_itself_where_it_was_asked_twice(
+    offline: Path, sound: Sound
+) -> None:
+    first, second = sound.rerun.first, sound.rerun.second
+    measured = reduced(offline, first, again=second)[OWN_NOISE]
+    assert isinstance(measured, ClusteredRatio)
+    # In FP32 served is the same in any batches, so that its noise is what FP32 can tell.
+    said = [pq.read_table(path)["log_prob"].to_numpy() for path in (first, second)]
+    differences = np.maximum(np.abs(said[0] - said[1]), RESOLUTION_NATS)
+    assert sum(measured.baseline) == pytest.approx(differences.sum())
+    once = reduced(offline, first)[OWN_NOISE]
+    assert isinstance(once, Missing)
+    assert "a second time" in once.reason
+
+
+def test_only_a_variant_with_a_gate_on_it_is_asked_twice() -> None:
+    policy = load_policy(ROOT / "gates" / "policies" / "demo.cpu.yaml")
+    names = [name for name in ("source", *policy.variants) if is_asked_twice(policy, name)]
+    assert names == ["int8-bnb"]
+
+
+def test_differences_below_what_fp32_can_tell_count_as_that(
+    offline: Path, sound: Sound, tmp_path: Path
+) -> None:
+    exact = pq.read_table(sound.rerun.first)
+    nll = pq.read_table(offline)["reference_nll_nats"].to_numpy()
+    at = exact.column_names.index("log_prob")
+    pq.write_table(exact.set_column(at, "log_prob", [-nll]), tmp_path / "exact.parquet")
+    measured = reduced(offline, sound.rerun.first, tmp_path / "exact.parquet")[RELATIVE]
+    assert isinstance(measured, ClusteredRatio)
+    assert sum(measured.baseline) == pytest.approx(RESOLUTION_NATS * len(nll))
 
 
 def test_the_reference_against_itself_is_the_noise_floor(sound: Sound) -> None:

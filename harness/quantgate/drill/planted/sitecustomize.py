@@ -18,6 +18,9 @@ from typing import Any
 _LOADER = "quantgate_serve.loading"
 _FIRST_SPOILED_POSITION = 40
 _PAD_TOKENS = 16
+_LATE_TOKENS = 16
+_TOO_LARGE = 1.05
+_SHARE_OF_MATES = 0.25
 _state: dict[str, Any] = {}
 
 
@@ -71,12 +74,21 @@ def _plant(model: Any, fault: str) -> None:
             for projection in (module.k_proj, module.v_proj):
                 projection.register_forward_hook(_round_to_whole_numbers)
                 hooked.append(projection)
-    if fault == "nan-beyond":
+    layers = [module for module in modules if type(module).__name__.endswith("DecoderLayer")]
+    if fault == "neighbours-mlp":
+        # Another module in its place and no hook, so that the server runs it as any other.
+        layers[-1].mlp = layers[-2].mlp
+        return
+    if fault in _LAST_MLP:
         last = [module for module in modules if type(module).__name__.endswith("MLP")][-1]
-        last.register_forward_hook(_spoil_late_positions)
+        last.register_forward_hook(_LAST_MLP[fault])
+        hooked.append(last)
+    if fault == "linear-scaled":
+        middle = layers[len(layers) // 2].self_attn.q_proj
+        middle.register_forward_hook(_enlarge)
+        hooked.append(middle)
     if not hooked:
         raise RuntimeError(f"the drill found no module to plant {fault} in")
-    layers = [module for module in modules if type(module).__name__.endswith("DecoderLayer")]
     for module in (*hooked, *layers):
         _make_own_class(module)
 
@@ -103,6 +115,18 @@ def _padded(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
     return _tables(moved.float(), module.inv_freq.float(), output)
 
 
+def _late_when_decoded(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    # A token with neither neighbour beside it in the step is one that is being generated.
+    positions = _positions(args, kwargs)
+    flat = positions.reshape(-1)
+    follows = flat[1:] == flat[:-1] + 1
+    beside = follows.new_zeros(len(flat))
+    beside[1:] |= follows
+    beside[:-1] |= follows
+    moved = flat + _LATE_TOKENS * (~beside & (flat > 0))
+    return _tables(moved.view_as(positions).float(), module.inv_freq.float(), output)
+
+
 def _note_positions(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
     _state["positions"] = _positions(args, kwargs)
     return output
@@ -122,11 +146,26 @@ def _spoil_late_positions(module: Any, args: Any, output: Any) -> Any:
     return rows.masked_fill(late.view(1, -1, 1), float("nan")).reshape(output.shape)
 
 
+def _take_in_mates(module: Any, args: Any, output: Any) -> Any:
+    rows = output.reshape(-1, output.shape[-1])
+    return (rows + _SHARE_OF_MATES * rows.mean(dim=0)).reshape(output.shape)
+
+
+def _enlarge(module: Any, args: Any, output: Any) -> Any:
+    return output * _TOO_LARGE
+
+
 def _round_to_whole_numbers(module: Any, args: Any, output: Any) -> Any:
     return output.round().clamp(-127, 127)
 
 
-_ROTARY = {"rope-bf16": _bf16_phases, "positions-padded": _padded, "nan-beyond": _note_positions}
+_ROTARY = {
+    "rope-bf16": _bf16_phases,
+    "positions-padded": _padded,
+    "decode-positions": _late_when_decoded,
+    "nan-beyond": _note_positions,
+}
+_LAST_MLP = {"nan-beyond": _spoil_late_positions, "batch-mates": _take_in_mates}
 
 if "QUANTGATE_DRILL_PLANTED" in os.environ:
     sys.meta_path.insert(0, _AfterImport())
