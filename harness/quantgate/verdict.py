@@ -23,6 +23,9 @@ from quantgate.policy import SOURCE, Policy, required_gates
 from quantgate.resolution import why_too_fine
 from quantgate.units import convert, parse_metric
 
+_ROUNDING = 1e-9
+"""Shares of items that cancel leave this much and less, in percent."""
+
 
 class Outcome(StrEnum):
     PASS = "PASS"
@@ -119,6 +122,8 @@ class Verdict:
     def _number(self, value: float) -> str:
         if abs(value) >= 10_000:
             return f"{value:,.0f}"
+        if self.unit in ("pt", "%") and abs(value) < _ROUNDING:
+            return "0"
         # A perplexity ratio of 1.0004 is not 1.
         return f"{value:.5g}" if self.unit == "x" else f"{value:.4g}"
 

@@ -434,6 +434,13 @@ def test_parts_of_a_verdict_print_for_tables() -> None:
     assert judged(SPEED, blocks(1.0, 1.0, 1.0, 1.0)).allowed() == ">= 0.95 x"
 
 
+def test_shares_that_cancel_are_printed_as_0_and_small_values_are_not() -> None:
+    verdict = judged(ERRORS, counted(0, 400))
+    assert dataclasses.replace(verdict, estimate=-2.313e-17).observed() == "0 %"
+    assert dataclasses.replace(verdict, estimate=1e-6).observed() == "1e-06 %"
+    assert dataclasses.replace(verdict, estimate=1e-13, unit="nats").observed() == "1e-13 nats"
+
+
 @pytest.mark.parametrize(
     ("outcomes", "code"),
     [

@@ -35,7 +35,7 @@ def printed(decisions: tuple[Decision, ...]) -> str:
 def test_the_table_has_a_line_per_verdict_a_decision_per_variant_and_the_next_command() -> None:
     text = printed(judged("undecided")[1])
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert "bf16 orders PASS 0 pt -0.886 .. 0.886 >= -6 pt 400" in lines
+    assert "bf16 orders PASS 0 pt -0.996 .. 0.996 >= -6 pt 400" in lines
     assert "errors INCONCLUSIVE 0.25 % 0.01282 .. 1.18 <= 1 % 400 n=521 would decide" in lines
     assert "oom INVALID – – <= 0 count – not measured: the server died" in lines
     assert "APPROVED bf16 all 3 gates pass" in lines

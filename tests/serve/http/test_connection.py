@@ -68,6 +68,18 @@ def test_a_second_request_has_the_same_bound(url: str) -> None:
         assert error_of(read_all(connection)) == (408, "request_timeout")
 
 
+def test_an_upgrade_that_is_not_offered_is_passed_over(url: str) -> None:
+    # Java's HttpClient offers h2c with each first request; httptools would drop the body then.
+    body = b'{"prompt": [3, 4], "max_tokens": 1}'
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nhost: a\r\nconnection: upgrade, close\r\n"
+        f"upgrade: h2c\r\ncontent-length: {len(body)}\r\n\r\n"
+    )
+    with connect(url) as connection:
+        connection.sendall(head.encode() + body)
+        assert read_all(connection).startswith(b"HTTP/1.1 200")
+
+
 def test_an_answer_s_head_and_body_arrive_together(url: str) -> None:
     with connect(url) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: a\r\n\r\n")
