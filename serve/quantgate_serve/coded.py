@@ -98,9 +98,10 @@ def replace_all(model: nn.Module, kernels: QuantizedKernels | None) -> None:
 
 def code(linear: Any, kernels: QuantizedKernels) -> CodedLinear | None:
     """`linear` with its weights in the order of the kernels; None where they cannot take it."""
-    if isinstance(linear, GptqLinear):
-        return _of_gptq(linear, kernels)
     kind = type(linear)
+    # What inherits may compute something else.
+    if kind is GptqLinear:
+        return _of_gptq(linear, kernels)
     if kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes."):
         return _of_bitsandbytes(linear, kernels)
     return None

@@ -338,6 +338,16 @@ def test_what_the_kernels_are_not_written_for_stays_as_it_is(kernels: QuantizedK
     assert [*model.values()] == [odd, short, half, plain]
 
 
+def test_what_inherits_from_a_known_linear_stays_as_it_is(kernels: QuantizedKernels) -> None:
+    # It may compute something else: the drill plants its faults so.
+    gptq = random_gptq(num_in=64, num_out=32, bits=4, group=32, ordered=True, seed=0)
+    four_bit = random_4bit(num_in=64, num_out=32, nested=True, block=64, bias=False, seed=0)
+    for linear in (gptq, four_bit):
+        assert coded.code(linear, kernels) is not None
+        linear.__class__ = type(type(linear).__name__, (type(linear),), {})
+        assert coded.code(linear, kernels) is None
+
+
 def test_without_kernels_nothing_is_replaced() -> None:
     linear = random_4bit(num_in=64, num_out=32, nested=True, block=64, bias=False, seed=0)
     model = nn.Sequential(linear)
