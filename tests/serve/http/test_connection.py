@@ -126,7 +126,7 @@ def test_a_client_that_does_not_read_is_cut_off(url: str) -> None:
         }
     ).encode()
     with connect(url) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
         connection.sendall(
             b"POST /v1/completions HTTP/1.1\r\nhost: a\r\n"
             + f"content-length: {len(body)}\r\n\r\n".encode()
