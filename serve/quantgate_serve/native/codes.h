@@ -1,4 +1,4 @@
-/* How 4- and 8-bit codes become weights, and the vectors they lie in. Part of quantized.c.
+/* How 4- and 8-bit codes become weights. Part of quantized.c.
  *
  * A weight is value * scale + shift, computed as its format defines it: for NF4 the rounded product
  * of a value of the table and the block's scale, for GPTQ (code - zero) * scale, which FP32 holds
@@ -8,9 +8,6 @@
  * words of eight 4-bit codes [tiles, K / 8, L] or of four 8-bit codes [tiles, K / 4, L], lowest bits
  * first; scales and zeros are [tiles, groups, L].
  */
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -26,15 +23,7 @@
 #define LANES 4
 #define LANE_NUMBERS 0, 1, 2, 3
 #endif
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4)));
-
-INLINE vec load(const float *from) { return *(const vec *)from; }
-INLINE void store(float *to, vec x) { *(vec *)to = x; }
-INLINE vec all(float x) { return x - (vec){0}; }
+#include "vectors.h"
 
 /* What a scale is stored as. */
 enum { FLOAT, HALF, NESTED };

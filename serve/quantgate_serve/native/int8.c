@@ -7,17 +7,14 @@
  * T rows, K input channels, N output channels in tiles of 16. Codes of weights are
  * [tiles, K4, 16, 4] with K4 = K / 4 rounded up. Compiled by library.py, called by int8.py.
  */
-#include <stdint.h>
-#include <string.h>
-
 #define LANES 16
+#include "vectors.h"
+
 #define MAX_ROWS 8 /* rows of which the sums of two tiles fit into registers */
 /* Below so many products of a weight and a row, one thread is faster. */
 #define MIN_PRODUCTS 1048576
 #define SCALE 6.200124e-05f            /* 1 / 127^2 as bitsandbytes writes it */
 #define INVERSE 7.874015718698502e-3f /* 1 / 127 */
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
 
 /* One Linear. int8.py has the same fields. */
 typedef struct {

@@ -161,24 +161,8 @@ static unit find_unit(const product *p, int64_t index, int width) {
 /* silu(x) = x / (1 + exp(-x)), by exp of what is not positive: 0 far below, NaN stays NaN. */
 INLINE vec silu(vec x) {
     ints is_negative = x < (vec){0};
-    vec low = (vec)((ints)x | (ints)all(-0.0f)); /* -|x| */
-    ints is_zero = low < all(-87.0f);
-    vec clipped = (vec)(((ints)all(-87.0f) & is_zero) | ((ints)low & ~is_zero));
-    vec magic = all(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-    vec shifted = clipped * 1.44269504088896341f + magic;
-    vec n = shifted - magic;
-    vec r = clipped - n * 0.693359375f + n * 2.12194440e-4f;
-    vec y = all(1.9875691500e-4f);
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
-    ints exponent = ((ints)shifted - (ints)magic + 127) << 23;
-    vec e = (vec)((ints)(y * (vec)exponent) & ~is_zero);
-    vec numerator = (vec)(((ints)e & is_negative) | ((ints)all(1.0f) & ~is_negative));
-    return x * numerator / (1.0f + e);
+    vec e = exponential((vec)((ints)x | (ints)all(-0.0f))); /* of -|x| */
+    return x * choose(is_negative, e, all(1.0f)) / (1.0f + e);
 }
 
 INLINE vec biased(column c, vec sum) {
