@@ -2,7 +2,7 @@
 
     python benchmarks/serving_account.py [--threads N] [--requests N]
 
-One thread is timed by its CPU time, more by the wall's. The layers are accounted for by decoder.c
+One thread is timed by its CPU time, more by the wall's. The model is accounted for by decoder.c
 itself, everything else around the calls that the engine makes.
 """
 
@@ -33,13 +33,12 @@ from serving_workload import BenchRequest, workload_a, workload_b, write_model
 from quantgate_serve.config import ServerSettings
 from quantgate_serve.engine import Engine
 from quantgate_serve.native.decoder import PARTS, NativeDecoder
-from quantgate_serve.native.linear import NativeLinear
 from quantgate_serve.runner import Runner
 from quantgate_serve.scheduler import Scheduler
 
-HEAD, AROUND, SAMPLING = "logits", "embedding, angles, last norm", "sampling"
+AROUND, SAMPLING = "around the call", "sampling"
 PLANNING, INPUTS, REPORTS = "planning", "inputs", "counts and reports"
-ALL_PARTS = (*PARTS, HEAD, AROUND, SAMPLING, PLANNING, INPUTS, REPORTS)
+ALL_PARTS = (*PARTS, AROUND, SAMPLING, PLANNING, INPUTS, REPORTS)
 # Rows at which the Linears are timed alone; between two of them time is taken as linear.
 _ROWS = (1, 2, 4, 8, 14, 16, 24, 28, 32, 48, 64, 96, 128, 256, 512)
 
@@ -139,7 +138,6 @@ def _watched(account: Account) -> Iterator[None]:
     parts: list[tuple[Any, str, Any]] = [
         (Engine, "step", step),
         (NativeDecoder, "forward", forward),
-        (NativeLinear, "forward", account.timed(HEAD, NativeLinear.forward)),
         (Runner, "_choose", account.timed(SAMPLING, Runner._choose)),
         (Runner, "_collect", account.timed(SAMPLING, Runner._collect)),
         (Runner, "_forward", account.timed(INPUTS, Runner._forward)),

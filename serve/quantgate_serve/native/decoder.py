@@ -1,4 +1,4 @@
-"""A Llama-like decoder whose layers are computed by decoder.c in one call: no torch in between.
+"""A Llama-like decoder in one call of decoder.c, from ids to logits: no torch in between.
 
 Shapes: T tokens of the step, R rows to read, C hidden size, N query heads, K key heads, D head dim.
 """
@@ -19,9 +19,11 @@ from quantgate_serve.native.linear import NativeLinear, alternate, can_multiply,
 from quantgate_serve.native.quantized import CHUNK
 
 # What decoder.c counts its nanoseconds as, in this order.
-PARTS = ("Linears", "norms", "rotation and KV writes", "attention")
+PARTS = ("embedding", "Linears", "norms", "rotation and KV writes", "attention", "logits")
 # Products of weights and tokens below which one thread is faster than a team.
 _MIN_PRODUCTS = 1 << 20
+# Positions whose angles are computed at once, before more are needed.
+_FEW_ANGLES = 1023
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -47,18 +49,23 @@ class _Decoder(ctypes.Structure):
         ("layers", _POINTER),
         *((name, _INT) for name in ("num_layers", "num_heads", "kv_heads", "dim", "hidden")),
         *((name, _FLOAT) for name in ("eps", "scale")),
+        ("last_norm", _POINTER),
+        ("head", _Linear),
     )
 
 
 class _Step(ctypes.Structure):
     _fields_ = (
-        *((name, _POINTER) for name in ("hidden", "cos", "sin")),
-        *((name, _INT) for name in ("angles", "tokens")),
+        ("embedding", _POINTER),
+        ("num_embeddings", _INT),
+        *((name, _POINTER) for name in ("ids", "cos", "sin", "turns")),
+        ("tokens", _INT),
         ("rows", _POINTER),
         ("num_rows", _INT),
         *((name, _POINTER) for name in ("keys", "values", "slots", "pages", "blocks")),
         ("num_blocks", _INT),
-        *((name, _POINTER) for name in ("qkv", "mixed", "middle", "normed", "scratch", "read")),
+        *((name, _POINTER) for name in ("hidden", "qkv", "mixed", "middle", "normed", "scratch")),
+        *((name, _POINTER) for name in ("read", "logits")),
     )
 
 
@@ -73,6 +80,7 @@ class NativeDecoder(nn.Module):
         self.config = model.config
         self.embed_tokens = base.embed_tokens
         self.rotary = base.rotary_emb
+        self._angles = _Angles(base.rotary_emb)
         layers: list[_NativeLayer | _CodedLayer] = []
         for index in range(len(base.layers)):
             made = _coded_layer(base.layers[index]) or _NativeLayer(base.layers[index], kernels)
@@ -97,6 +105,8 @@ class NativeDecoder(nn.Module):
             self._room.hidden,
             self._eps,
             float(attention.scaling),
+            self.norm.data_ptr(),
+            _describe(self.lm_head) if isinstance(self.lm_head, NativeLinear) else _Linear(),
         )
         self._num_weights = sum(
             module.in_features * module.out_features
@@ -110,14 +120,14 @@ class NativeDecoder(nn.Module):
 
         Raises:
             TypeError: `step` is not one of the native kernels.
+            IndexError: an id has no embedding.
         """
         if not isinstance(step, NativeStep):
             raise TypeError(f"a NativeDecoder takes a NativeStep, not {type(step).__name__}")
-        hidden = self.embed_tokens(ids)
-        cos, sin = self.rotary(hidden, positions.unsqueeze(0))
-        read = self._decode(hidden, cos[0], sin[0], step, rows)
-        logits: Tensor = self.lm_head(self._kernels.add_norm(read, None, self.norm, self._eps))
-        return logits
+        if not _is_just(self.embed_tokens, nn.Embedding):
+            embedded = self.embed_tokens(ids)
+            return self._read(embedded, torch.arange(len(ids)), positions, step, rows)
+        return self._read(self.embed_tokens.weight, ids, positions, step, rows)
 
     def get_input_embeddings(self) -> nn.Module:
         module: nn.Module = self.embed_tokens
@@ -126,34 +136,46 @@ class NativeDecoder(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def _decode(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, step: NativeStep, rows: Tensor
+    def _read(
+        self, embedding: Tensor, ids: Tensor, positions: Tensor, step: NativeStep, rows: Tensor
     ) -> Tensor:
-        tokens = len(hidden)
+        """Logits [R, V], each token's embedding being the row of `embedding` that `ids` has."""
+        tokens, count = len(ids), len(rows)
         threads = torch.get_num_threads() if tokens * self._num_weights > _MIN_PRODUCTS else 1
-        room = self._room.of(max(tokens, len(rows)), threads)
+        cos, sin, turns = self._angles.of(positions)
         keys, values = self._addresses(step.kv)
-        read = hidden.new_empty(len(rows), hidden.shape[1])
+        read = embedding.new_empty(count, embedding.shape[1])
+        # A head that is watched is called, so that who watches it sees it.
+        logits: Tensor | None = None
+        if isinstance(self.lm_head, NativeLinear) and _is_just(self.lm_head, NativeLinear):
+            logits = read.new_empty(count, self.lm_head.out_features)
         facts = _Step(
-            hidden.data_ptr(),
+            embedding.data_ptr(),
+            len(embedding),
+            ids.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
-            cos.stride(0),
+            turns.data_ptr(),
             tokens,
             rows.data_ptr(),
-            len(rows),
+            count,
             ctypes.addressof(keys),
             ctypes.addressof(values),
             step.slots.data_ptr(),
             step.pages.data_ptr(),
             step.blocks.data_ptr(),
             len(step.blocks),
-            *room,
+            *self._room.of(max(tokens, count), threads),
             read.data_ptr(),
+            None if logits is None else logits.data_ptr(),
         )
         spent = None if self.spent_ns is None else self.spent_ns.data_ptr()
-        self._kernels.decode(ctypes.addressof(self._facts), ctypes.addressof(facts), threads, spent)
-        return read
+        described = ctypes.addressof(self._facts), ctypes.addressof(facts)
+        if self._kernels.decode(*described, threads, spent) != tokens:
+            raise IndexError(f"of {tokens} ids one is not among the {len(embedding)} embeddings")
+        if logits is None:
+            logits = self.lm_head(read)
+        return logits
 
     def _addresses(self, kv: KVStorage) -> tuple[Any, Any]:
         """Where the keys and values of each layer lie; kept as long as the storage is the same."""
@@ -163,6 +185,31 @@ class NativeDecoder(nn.Module):
             self._keys = addresses(*(tensor.data_ptr() for tensor in kv.keys))
             self._values = addresses(*(tensor.data_ptr() for tensor in kv.values))
         return self._keys, self._values
+
+
+class _Angles:
+    """By what a token is turned at its position: computed once for each, as the model does."""
+
+    def __init__(self, rotary: Any) -> None:
+        self._rotary = rotary
+        # These turn a token otherwise when a longer sequence is beside it.
+        self._is_fixed = "dynamic" not in rotary.rope_type and rotary.rope_type != "longrope"
+        self._cos = self._sin = torch.empty(0)
+
+    def of(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """cos and sin, both of D / 2 columns, and the row of each of `positions` [T] in them."""
+        if not self._is_fixed:
+            return *self._compute(positions), torch.arange(len(positions))
+        count = int(positions.max()) + 1
+        if count > len(self._cos):
+            enough = 1 << max(_FEW_ANGLES, count - 1).bit_length()
+            self._cos, self._sin = self._compute(torch.arange(enough))
+        return self._cos, self._sin, positions
+
+    def _compute(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self._rotary(torch.empty(0), positions.unsqueeze(0))
+        half = cos.shape[-1] // 2
+        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
 
 class _NativeLayer(nn.Module):
@@ -233,12 +280,13 @@ class _Room:
         self._tensors: tuple[Tensor, ...] = ()
 
     def of(self, tokens: int, threads: int) -> Iterator[int]:
-        """Addresses of qkv, mixed, middle, normed and scratch for as many tokens and threads."""
+        """Addresses of hidden, qkv, mixed, middle, normed and scratch, as large as is asked."""
         if tokens > self._size[0] or threads > self._size[1]:
             self._size = (max(tokens, self._size[0]), max(threads, self._size[1]))
             tokens, threads = self._size
             heads = (self.num_heads + 2 * self.kv_heads, self.num_heads)
             widths = (
+                self.hidden,
                 *(count * self.head_dim for count in heads),
                 self._middle,
                 threads * self.hidden,
@@ -307,6 +355,16 @@ def _head(head: nn.Linear, kernels: LayerKernels) -> nn.Module:
     if linear.is_plain(head) and can_multiply(head.weight):
         return NativeLinear(*_parts(head), kernels)
     return linear.prepare(head)
+
+
+def _is_just(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `module` does what a `kind` in FP32 does, and nothing else sees it."""
+    return (
+        type(module) is kind
+        and module.weight.dtype == torch.float32
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+    )
 
 
 def _describe(part: NativeLinear) -> _Linear:

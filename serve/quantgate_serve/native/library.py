@@ -71,6 +71,7 @@ class LayerKernels:
         self._multiply = _function(library, "multiply")
         # decoder.c's structures by address: see decoder.py.
         self.decode = _function(library, "decode")
+        self.decode.restype = _INT
 
     def attend(
         self,

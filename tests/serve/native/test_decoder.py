@@ -35,6 +35,10 @@ FAMILIES = {
         transformers.LlamaConfig,
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
     ),
+    "dynamic_llama": (
+        transformers.LlamaConfig,
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+    ),
     "tied_llama": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
     "odd_vocabulary": (transformers.LlamaConfig, {"vocab_size": 391}),
     "mistral": (transformers.MistralConfig, {"sliding_window": None}),
@@ -183,3 +187,57 @@ def test_other_shapes_and_arithmetic_go_the_short_way(
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     assert not can_decode(model)
     assert isinstance(build_decoder(model, pytest.fail, find_kernels()), ShortDecoder)
+
+
+def test_an_id_without_an_embedding_is_refused(make_case: Callable[[str], Case]) -> None:
+    case = make_case("llama")
+    last = case.decoder.config.vocab_size - 1
+    for bad in (-1, last + 1):
+        with pytest.raises(IndexError, match="of 3 ids one is not among"):
+            _next_logits(case, [5, bad, 6])
+    assert len(_next_logits(case, [5, last, 0])) == 1
+
+
+def test_an_embedding_or_a_head_that_is_watched_is_called(
+    make_case: Callable[[str], Case],
+) -> None:
+    case = make_case("llama")
+    expected = _next_logits(case, [5, 6, 7])
+    seen: list[str] = []
+    for name in ("embed_tokens", "lm_head"):
+        case.decoder.get_submodule(name).register_forward_hook(
+            lambda *_, name=name: seen.append(name)
+        )
+    found = _next_logits(case, [5, 6, 7])
+    assert torch.equal(found, expected)
+    assert seen == ["embed_tokens", "lm_head"]
+
+
+@pytest.mark.parametrize("position", [0, 1023, 1024, 5000])
+def test_angles_of_a_position_are_the_model_s_own(
+    position: int, make_case: Callable[[str], Case]
+) -> None:
+    case = make_case("scaled_llama")
+    cos, sin, turns = case.decoder._angles.of(torch.tensor([3, position]))
+    expected = case.decoder.rotary(torch.empty(0), torch.tensor([[3, position]]))
+    half = cos.shape[1]
+    for found, wanted in zip((cos, sin), expected, strict=True):
+        assert torch.allclose(found[turns], wanted[0, :, :half], atol=1e-6)
+
+
+def test_angles_that_depend_on_the_longest_sequence_are_computed_in_each_step(
+    make_case: Callable[[str], Case],
+) -> None:
+    case = make_case("dynamic_llama")
+    angles = case.decoder._angles
+    alone = angles.of(torch.tensor([3]))
+    beside_a_long_one = angles.of(torch.tensor([3, 4000]))
+    assert alone[2].tolist() == [0]
+    assert beside_a_long_one[2].tolist() == [0, 1]
+    assert not torch.allclose(alone[0][0], beside_a_long_one[0][0])
+
+
+def _next_logits(case: Case, ids: list[int]) -> Tensor:
+    count = len(ids)
+    step = case.step([[0]], [0], [count])
+    return case.decoder(torch.tensor(ids), torch.arange(count), step, torch.tensor([count - 1]))
