@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantgate_serve import huge_pages
-from quantgate_serve.native.library import LANES, find_kernels
+from quantgate_serve.native.layer import LANES, find_kernels
 from quantgate_serve.native.linear import NativeLinear, can_multiply
 
 _LARGE_ROWS = (256, 512, 1024)

@@ -22,7 +22,7 @@ from quantgate_serve import coded, fused_int8, linear
 from quantgate_serve.attention.interface import AttentionStep
 from quantgate_serve.attention.native_paged import NativeStep
 from quantgate_serve.native.decoder import NativeDecoder, can_decode
-from quantgate_serve.native.library import LANES, LayerKernels
+from quantgate_serve.native.layer import LANES, LayerKernels
 
 # Layers whose computation is exactly the one written here.
 _SHORT = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)

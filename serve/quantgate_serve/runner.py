@@ -21,7 +21,7 @@ from quantgate_serve.hidden_states import HiddenStates
 from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.loading import LoadedModel
 from quantgate_serve.model_clock import ModelClock
-from quantgate_serve.native.library import LayerKernels, can_attend
+from quantgate_serve.native.layer import LayerKernels, can_attend
 from quantgate_serve.page_tables import PageTables
 from quantgate_serve.readout import ChunkResult, Readout, plan_readout
 from quantgate_serve.scheduler import Chunk

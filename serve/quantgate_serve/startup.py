@@ -34,7 +34,7 @@ from quantgate_serve.loading import LoadedModel, UnsupportedModelError, choose_d
 from quantgate_serve.metrics import EngineGauges, EngineMetrics
 from quantgate_serve.model_cost import read_cost
 from quantgate_serve.native.int8 import find_int8_kernels
-from quantgate_serve.native.library import LayerKernels, find_kernels
+from quantgate_serve.native.layer import LayerKernels, find_kernels
 from quantgate_serve.native.quantized import find_quantized_kernels
 from quantgate_serve.runner import Runner
 from quantgate_serve.scheduler import Scheduler, SchedulerLimits

@@ -18,7 +18,7 @@ from quantgate_serve.gptq import GptqFormatError, GptqLinear, GptqSettings, read
 from quantgate_serve.kernels import read_kernels
 from quantgate_serve.loading import LoadedModel
 from quantgate_serve.native.decoder import NativeDecoder
-from quantgate_serve.native.library import find_kernels
+from quantgate_serve.native.layer import find_kernels
 from quantgate_serve.request import Request
 
 GROUP = 32

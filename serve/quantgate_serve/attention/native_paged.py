@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantgate_serve.kv.storage import KVStorage
-from quantgate_serve.native.library import MAX_ROWS, LayerKernels
+from quantgate_serve.native.layer import MAX_ROWS, LayerKernels
 from quantgate_serve.step_inputs import StepInputs
 
 

@@ -14,7 +14,7 @@ from quantgate_serve import coded, huge_pages, linear
 from quantgate_serve.attention.native_paged import NativeStep
 from quantgate_serve.coded import CodedLinear, CodedProduct
 from quantgate_serve.kv.storage import KVStorage
-from quantgate_serve.native.library import LANES, MAX_HEAD_DIM, MAX_ROWS, LayerKernels
+from quantgate_serve.native.layer import LANES, MAX_HEAD_DIM, MAX_ROWS, LayerKernels
 from quantgate_serve.native.linear import NativeLinear, alternate, can_multiply, packed_size, stack
 from quantgate_serve.native.quantized import CHUNK
 

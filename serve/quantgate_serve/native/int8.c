@@ -5,7 +5,7 @@
  * them need bitsandbytes' order; no multiplication may be fused with an addition.
  *
  * T rows, K input channels, N output channels in tiles of 16. Codes of weights are
- * [tiles, K4, 16, 4] with K4 = K / 4 rounded up. Compiled by library.py, called by int8.py.
+ * [tiles, K4, 16, 4] with K4 = K / 4 rounded up. Called by int8.py.
  */
 #define LANES 16
 #include "vectors.h"
@@ -177,8 +177,8 @@ static void run(const job *j) {
 /* y [T, N], without what outliers add, from x [T, K]. `codes` holds T * (K + 128) bytes, `largest`
  * T floats, `is_out` K bytes. Returns how many of K channels hold outliers, whose numbers it writes
  * to `columns` [K]; or -1 where something is not finite in FP16, and then y is of no use. */
-int64_t multiply(const product *p, const float *x, int64_t rows, uint8_t *codes, float *largest,
-                 uint8_t *is_out, int64_t *columns, float *y, int64_t threads) {
+int64_t multiply_int8(const product *p, const float *x, int64_t rows, uint8_t *codes, float *largest,
+                      uint8_t *is_out, int64_t *columns, float *y, int64_t threads) {
     int is_odd = 0;
     int64_t num_in = p->parts[0].num_in, num_out = 0, found = 0;
     for (int i = 0; i < p->num_parts; i++) num_out += p->parts[i].num_out;
@@ -200,8 +200,8 @@ int64_t multiply(const product *p, const float *x, int64_t rows, uint8_t *codes,
 
 /* What outliers are multiplied with: picked [T, n] of x [T, K], and of each part FP32 weights
  * [outputs, n], each part beginning at a cache line, as `weights` does. */
-void pick(const product *p, const float *x, int64_t rows, const int64_t *columns, int64_t n,
-          float *picked, float *weights) {
+void pick_outliers(const product *p, const float *x, int64_t rows, const int64_t *columns, int64_t n,
+                   float *picked, float *weights) {
     const int64_t num_in = p->parts[0].num_in, fours = (num_in + 3) / 4;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < n; i++) picked[r * n + i] = x[r * num_in + columns[i]];
@@ -225,7 +225,7 @@ void pick(const product *p, const float *x, int64_t rows, const int64_t *columns
     }
 }
 
-int64_t is_supported(void) { return 1; }
+int64_t has_vnni(void) { return 1; }
 #else
-int64_t is_supported(void) { return 0; }
+int64_t has_vnni(void) { return 0; }
 #endif

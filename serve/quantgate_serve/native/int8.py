@@ -4,20 +4,23 @@ Shapes: T rows, K input channels, N output channels in tiles of 16.
 """
 
 import ctypes
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from quantgate_serve.native.library import CACHE, KernelsUnavailableError, build_library
+from quantgate_serve.native.library import (
+    INT,
+    POINTER,
+    KernelsUnavailableError,
+    address,
+    bind,
+    find,
+)
 
-_log = logging.getLogger(__name__)
-SOURCE = Path(__file__).with_name("int8.c")
 # What int8.c is written for.
 LANES = 16
 MAX_PARTS = 3
@@ -80,7 +83,7 @@ class Int8Product:
                 part.codes.data_ptr(),
                 part.sums.data_ptr(),
                 part.scales.data_ptr(),
-                None if part.bias is None else part.bias.data_ptr(),
+                address(part.bias),
                 part.num_in,
                 part.num_out,
             )
@@ -111,25 +114,19 @@ class NotFiniteError(Exception):
 class Int8Kernels:
     """The functions of int8.c over tensors."""
 
-    def __init__(self, path: Path) -> None:
-        """`path` is the compiled library.
-
-        Raises:
-            KernelsUnavailableError: it cannot be loaded, or this CPU has no VNNI.
+    def __init__(self, library: ctypes.CDLL) -> None:
         """
-        try:
-            library = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise KernelsUnavailableError(f"{path} cannot be loaded: {error}") from error
-        pointer, integer = ctypes.c_void_p, ctypes.c_int64
-        library.is_supported.restype = integer
-        if not library.is_supported():
+        Raises:
+            KernelsUnavailableError: this CPU has no VNNI.
+        """
+        if not bind(library.has_vnni, result=INT)():
             raise KernelsUnavailableError("LLM.int8 needs a CPU with AVX-512 and VNNI")
-        self._multiply, self._pick = library.multiply, library.pick
-        self._multiply.argtypes = [pointer, pointer, integer, *[pointer] * 5, integer]
-        self._multiply.restype = integer
-        self._pick.argtypes = [pointer, pointer, integer, pointer, integer, pointer, pointer]
-        self._pick.restype = None
+        self._multiply = bind(
+            library.multiply_int8, POINTER, POINTER, INT, *[POINTER] * 5, INT, result=INT
+        )
+        self._pick = bind(
+            library.pick_outliers, POINTER, POINTER, INT, POINTER, INT, POINTER, POINTER
+        )
 
     def multiply(self, product: Int8Product, x: Tensor) -> tuple[Tensor, Outliers | None]:
         """The rounded `x` [T, K], FP32 and contiguous, times the weights; and what is left out.
@@ -183,8 +180,4 @@ class Int8Kernels:
 @cache
 def find_int8_kernels() -> Int8Kernels | None:
     """The kernels for this machine, compiled if need be; None, and a line in the log, if not."""
-    try:
-        return Int8Kernels(build_library("cc", CACHE, SOURCE))
-    except KernelsUnavailableError as error:
-        _log.warning("no native kernels for LLM.int8, torch computes instead: %s", error)
-        return None
+    return find(Int8Kernels, "LLM.int8")

@@ -5,13 +5,13 @@
  * depends on the token alone, so a result does not depend on batch mates or on threads.
  *
  * T tokens of the step, N query heads, K key heads, G = N / K, D head dim (a multiple of 16).
- * Keys and values of a layer are [pages, K, 16, D]. Compiled and called by library.py.
+ * Keys and values of a layer are [pages, K, 16, D]. Called by layer.py.
  */
 #include "layer.h"
 
 #define TILE 256     /* tokens whose scores are held at once */
-#define MAX_ROWS 32  /* query rows that share what is read of a tile; library.py knows it, too */
-#define MAX_DIM 256  /* library.py knows it, too */
+#define MAX_ROWS 32  /* query rows that share what is read of a tile; layer.py knows it, too */
+#define MAX_DIM 256  /* layer.py knows it, too */
 /* Below so much work one thread is faster: a team costs some microseconds, and far more where the
  * other core is busy. Channels of a norm or rotation; pairs of query and key, each of all heads. */
 #define MIN_CHANNELS 32768

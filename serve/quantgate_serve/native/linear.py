@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from quantgate_serve import huge_pages
-from quantgate_serve.native.library import LANES, LayerKernels
+from quantgate_serve.native.layer import LANES, LayerKernels
 
 _PANEL = 2 * LANES
 

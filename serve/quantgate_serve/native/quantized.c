@@ -1,8 +1,8 @@
 /* Linears over 4- and 8-bit codes on a CPU, in FP32: y = x W^T + b, W expanded where it is used.
  *
  * Each output is one sum in the order of the input channels, whatever the number of rows and
- * threads, so a result does not depend on batch mates. Compiled by library.py, called by
- * quantized.py. K input channels, N output channels; codes.h says how codes lie and what they mean.
+ * threads, so a result does not depend on batch mates. Called by quantized.py. K input channels, N
+ * output channels; codes.h says how codes lie and what they mean.
  */
 #include "codes.h"
 

@@ -4,19 +4,15 @@ Shapes: T rows, K input channels, N output channels in tiles of L, G groups of i
 """
 
 import ctypes
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from quantgate_serve.native.library import CACHE, KernelsUnavailableError, build_library
+from quantgate_serve.native.library import INT, POINTER, address, bind, find
 
-_log = logging.getLogger(__name__)
-SOURCE = Path(__file__).with_name("quantized.c")
 # What quantized.c is written for.
 MAX_PARTS = 3
 CHUNK = 128
@@ -88,7 +84,7 @@ class Product:
         self.num_out = parts[0].num_out if is_gated else sum(part.num_out for part in parts)
         self.has_order = order is not None
         self._struct = _Product(
-            (_Linear * MAX_PARTS)(*map(_describe, parts)), len(parts), is_gated, _address(order)
+            (_Linear * MAX_PARTS)(*map(_describe, parts)), len(parts), is_gated, address(order)
         )
         self.address = ctypes.addressof(self._struct)
 
@@ -96,22 +92,10 @@ class Product:
 class QuantizedKernels:
     """The functions of quantized.c over tensors. `lanes` is L on this CPU."""
 
-    def __init__(self, path: Path) -> None:
-        """`path` is the compiled library.
-
-        Raises:
-            KernelsUnavailableError: it cannot be loaded.
-        """
-        try:
-            library = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise KernelsUnavailableError(f"{path} cannot be loaded: {error}") from error
-        pointer, integer = ctypes.c_void_p, ctypes.c_int64
-        self.lanes: int = integer.in_dll(library, "lanes").value
-        self._direct_rows = integer.in_dll(library, "direct_rows").value
-        self._multiply = library.multiply_codes
-        self._multiply.argtypes = [pointer, pointer, integer, pointer, pointer, integer]
-        self._multiply.restype = None
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.lanes: int = INT.in_dll(library, "lanes").value
+        self._direct_rows = INT.in_dll(library, "direct_rows").value
+        self._multiply = bind(library.multiply_codes, POINTER, POINTER, INT, POINTER, POINTER, INT)
 
     def multiply(self, product: Product, x: Tensor) -> Tensor:
         """[T, N] of `x` [T, K], FP32 and contiguous."""
@@ -124,7 +108,7 @@ class QuantizedKernels:
             product.address,
             x.data_ptr(),
             rows,
-            None if scratch is None else scratch.data_ptr(),
+            address(scratch),
             y.data_ptr(),
             torch.get_num_threads(),
         )
@@ -134,22 +118,18 @@ class QuantizedKernels:
 @cache
 def find_quantized_kernels() -> QuantizedKernels | None:
     """The kernels for this machine, compiled if need be; None, and a line in the log, if not."""
-    try:
-        return QuantizedKernels(build_library("cc", CACHE))
-    except KernelsUnavailableError as error:
-        _log.warning("no native kernels for quantized Linears, torch computes instead: %s", error)
-        return None
+    return find(QuantizedKernels, "quantized Linears")
 
 
 def _describe(part: Codes) -> _Linear:
     return _Linear(
         codes=part.codes.data_ptr(),
         scales=part.scales.data_ptr(),
-        zeros=_address(part.zeros),
-        values=_address(part.values),
-        nested=_address(part.nested),
-        outer=_address(part.outer),
-        bias=_address(part.bias),
+        zeros=address(part.zeros),
+        values=address(part.values),
+        nested=address(part.nested),
+        outer=address(part.outer),
+        bias=address(part.bias),
         num_in=part.num_in,
         num_out=part.num_out,
         group=part.group,
@@ -159,7 +139,3 @@ def _describe(part: Codes) -> _Linear:
         outer_shift=part.outer_shift,
         nested_offset=part.nested_offset,
     )
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

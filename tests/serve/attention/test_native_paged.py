@@ -12,7 +12,7 @@ from torch.nn import functional
 from quantgate_serve.attention import native_paged
 from quantgate_serve.attention.native_paged import build_step
 from quantgate_serve.kv.storage import KVShape, KVStorage
-from quantgate_serve.native.library import LANES, can_attend, find_kernels
+from quantgate_serve.native.layer import LANES, can_attend, find_kernels
 from quantgate_serve.page_tables import PageTables
 from quantgate_serve.request import Request, SamplingParams
 from quantgate_serve.scheduler import Chunk

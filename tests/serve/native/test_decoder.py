@@ -16,7 +16,7 @@ from quantgate_serve.decoder import ShortDecoder, build_decoder
 from quantgate_serve.kv.pool import PAGE_SIZE
 from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.native.decoder import PARTS, NativeDecoder, can_decode
-from quantgate_serve.native.library import find_kernels
+from quantgate_serve.native.layer import find_kernels
 from quantgate_serve.native.linear import NativeLinear
 from quantgate_serve.page_tables import PageTables
 from quantgate_serve.request import Request, SamplingParams

@@ -4,21 +4,22 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from quantgate_serve.config import ServerSettings
-from quantgate_serve.decoder import NativeNorm, Rotation, ShortDecoder, ShortNorm
+from quantgate_serve.decoder import NativeNorm, ShortDecoder
 from quantgate_serve.native import library
 from quantgate_serve.native.decoder import NativeDecoder
+from quantgate_serve.native.layer import find_kernels
 from quantgate_serve.native.library import (
     KernelsUnavailableError,
-    LayerKernels,
     build_library,
-    find_kernels,
+    find,
+    load_library,
     openmp_runtimes,
     torch_s_own,
 )
@@ -26,17 +27,6 @@ from quantgate_serve.request import Request
 from quantgate_serve.startup import build_engine, load_for_serving
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
-
-
-@pytest.fixture
-def kernels() -> Iterator[LayerKernels]:
-    """With two threads, of which small tensors use one."""
-    found = find_kernels()
-    assert found is not None
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield found
-    torch.set_num_threads(before)
 
 
 @needs_compiler
@@ -47,7 +37,7 @@ def test_the_library_is_compiled_once_and_brings_no_threads_of_its_own(tmp_path:
     assert first.stat().st_mtime_ns == made_ns
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
     before = openmp_runtimes()
-    LayerKernels(first)
+    load_library(first)
     assert openmp_runtimes() == before
 
 
@@ -71,6 +61,7 @@ def test_the_runtime_is_torch_s_own_or_the_only_one(loaded: list[str], torch_s: 
 def test_a_package_with_a_runtime_of_its_own_does_not_take_the_kernels_away() -> None:
     code = (
         "import torch, sklearn.cluster; from quantgate_serve.native.library import *; "
+        "from quantgate_serve.native.layer import find_kernels; "
         "assert len(openmp_runtimes()) == 2, openmp_runtimes(); assert find_kernels() is not None"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -105,6 +96,23 @@ def test_a_source_that_does_not_compile_says_so_and_leaves_nothing(
     assert list(folder.iterdir()) == []
 
 
+def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.so"
+    path.write_text("no library", encoding="utf-8")
+    with pytest.raises(KernelsUnavailableError, match=r"kernels\.so cannot be loaded"):
+        load_library(path)
+
+
+@pytest.mark.parametrize("purpose", ["quantized Linears", "LLM.int8"])
+def test_without_a_compiler_there_are_no_kernels_and_the_log_says_so(
+    purpose: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with caplog.at_level(logging.WARNING):
+        assert find(lambda library: library, purpose) is None
+    assert f"no native kernels for {purpose}, torch computes instead: cc cannot" in caplog.text
+
+
 def test_without_a_compiler_torch_computes_the_same_tokens_and_the_log_says_so(
     llama_folder: Path,
     prompts: Callable[[int], list[list[int]]],
@@ -125,7 +133,7 @@ def test_without_a_compiler_torch_computes_the_same_tokens_and_the_log_says_so(
     assert isinstance(loaded.model, ShortDecoder)
     assert not any(isinstance(module, NativeNorm) for module in loaded.model.modules())
     assert [record.message for record in caplog.records].count(
-        "no native kernels, torch computes instead: cc cannot be run: "
+        "no native kernels for layers, torch computes instead: cc cannot be run: "
         "[Errno 2] No such file or directory: 'cc'"
     ) == 1
     requests = [make_request(prompt) for prompt in prompts(4)]
@@ -148,39 +156,3 @@ def test_native_kernels_are_used_unless_switched_off(mode: str, llama_folder: Pa
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         is_native = any(isinstance(module, NativeNorm) for module in loaded.model.modules())
     assert is_native == (engine._runner._kernels is not None) == (mode == "auto")
-
-
-@needs_compiler
-@pytest.mark.parametrize("tokens", [1, 3, 40, 700])  # the last one is worth a team of threads
-def test_a_native_norm_equals_torch_s_and_adds_first(kernels: LayerKernels, tokens: int) -> None:
-    generator = torch.Generator().manual_seed(tokens)
-    hidden, delta = (torch.randn(tokens, 96, generator=generator) for _ in range(2))
-    weight = torch.rand(96, generator=generator)
-    native, reference = NativeNorm(weight, 1e-5, kernels), ShortNorm(weight, 1e-5)
-    assert torch.allclose(native(hidden), reference(hidden), atol=1e-6)
-    total = hidden + delta
-    found = native(hidden, delta)
-    assert torch.equal(hidden, total)
-    assert torch.allclose(found, reference(total), atol=1e-6)
-
-
-@needs_compiler
-@pytest.mark.parametrize("tokens", [7, 700])
-@pytest.mark.parametrize("is_paired", [True, False])
-def test_a_native_rotation_equals_torch_s_and_leaves_the_values(
-    kernels: LayerKernels, is_paired: bool, tokens: int
-) -> None:
-    generator = torch.Generator().manual_seed(5)
-    heads = torch.randn(tokens, 4, 32, generator=generator)
-    angles = torch.randn(tokens, 1, 32, generator=generator)  # a table as wide as a head
-    cos, sin = angles.cos()[..., :16], angles.sin()[..., :16]
-    before = heads.clone()
-    rotated = heads[:, :3]
-    expected = heads.clone()[:, :3]
-    plain, native = Rotation(cos, sin, None), Rotation(cos, sin, kernels)
-    if is_paired:
-        expected, rotated = plain.of_pairs(expected), native.of_pairs(rotated)
-    else:
-        expected, rotated = plain.of_halves(expected), native.of_halves(rotated)
-    assert torch.allclose(rotated, expected, atol=1e-6)
-    assert torch.equal(heads[:, 3], before[:, 3])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from quantgate_serve.native.library import find_kernels
+from quantgate_serve.native.layer import find_kernels
 from quantgate_serve.native.linear import NativeLinear, alternate, can_multiply, stack
 
 pytestmark = pytest.mark.skipif(

@@ -1,25 +1,12 @@
-"""quantized.c for lesser CPUs computes the same weights, and is done without where it must be."""
+"""quantized.c for lesser CPUs computes the same weights, over as many lanes as they have."""
 
-import logging
-import platform
-import shutil
-from pathlib import Path
+from collections.abc import Callable
+from ctypes import CDLL
 
 import pytest
 import torch
 
-from quantgate_serve.native import library, quantized
-from quantgate_serve.native.library import KernelsUnavailableError, build_library
-from quantgate_serve.native.quantized import (
-    Codes,
-    Product,
-    QuantizedKernels,
-    find_quantized_kernels,
-)
-
-needs_x86 = pytest.mark.skipif(
-    shutil.which("cc") is None or platform.machine() != "x86_64", reason="no C compiler for x86-64"
-)
+from quantgate_serve.native.quantized import Codes, Product, QuantizedKernels
 
 
 def product_of(
@@ -51,38 +38,14 @@ def product_of(
     return Product([part], order=order, is_gated=False), columns
 
 
-@needs_x86
-@pytest.mark.parametrize("target", ["x86-64", "x86-64-v3"])
+@pytest.mark.parametrize(("target", "lanes"), [("x86-64", 4), ("x86-64-v3", 8)])
 def test_without_avx512_the_weights_are_the_same(
-    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str, lanes: int, library_for: Callable[..., CDLL]
 ) -> None:
-    if target == "x86-64-v3" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        pytest.skip("this CPU has no AVX2")
-    flags = [f"-march={target}" if flag == "-march=native" else flag for flag in library._FLAGS]
-    monkeypatch.setattr(library, "_FLAGS", tuple(flags))
-    kernels = QuantizedKernels(build_library("cc", tmp_path, quantized.SOURCE))
+    kernels = QuantizedKernels(library_for(target, "quantized.c"))
+    assert kernels.lanes == lanes
     generator = torch.Generator().manual_seed(1)
     for bits in (4, 8):
         product, weights = product_of(bits=bits, lanes=kernels.lanes, generator=generator)
         for rows in (1, 5, 48):
             assert torch.equal(kernels.multiply(product, torch.eye(48)[:rows]), weights[:rows])
-
-
-def test_without_a_compiler_there_are_no_kernels_and_the_log_says_so(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    find_quantized_kernels.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING):
-            assert find_quantized_kernels() is None
-    finally:
-        find_quantized_kernels.cache_clear()
-    assert "no native kernels for quantized Linears, torch computes instead" in caplog.text
-
-
-def test_a_file_that_is_no_library_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "quantized.so"
-    path.write_text("no library", encoding="utf-8")
-    with pytest.raises(KernelsUnavailableError, match="cannot be loaded"):
-        QuantizedKernels(path)
