@@ -15,7 +15,7 @@ import socket
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 from quantgate_serve.admission import AdmissionLimits
 from quantgate_serve.config import ServerSettings
@@ -112,11 +112,37 @@ class StepReport:
     # By request, of the same tokens in the same order, where they were asked for.
     logprobs: dict[int, list[Logprob]]
     ended: list[Ended]
-    # The engine's counts, when they are worth sending (see engine_process).
-    metrics: EngineMetrics | None
+    # Nothing is left to compute: what was counted follows at once.
+    counts_follow: bool
 
 
-Message = Start | Submit | Abort | Stop | Refused | Loaded | Warm | StepReport
+@dataclass(slots=True)
+class Counts:
+    """What the engine has counted so far.
+
+    Its own message, behind the report that clients wait for, and read only by who asks: to write
+    and to read it takes 0.2 ms each beside a model that uses the caches.
+    """
+
+    # An EngineMetrics, pickled.
+    metrics: bytes
+    # The two of its gauges by which waits are foreseen.
+    service_tokens_per_s: float | None
+    service_s_per_step: float | None
+
+    @classmethod
+    def of(cls, metrics: EngineMetrics) -> Self:
+        now = metrics.now
+        body = pickle.dumps(metrics, protocol=5)
+        return cls(body, now.service_tokens_per_s, now.service_s_per_step)
+
+    def read(self) -> EngineMetrics:
+        """A copy of the reader's own."""
+        metrics: EngineMetrics = pickle.loads(self.metrics)
+        return metrics
+
+
+Message = Start | Submit | Abort | Stop | Refused | Loaded | Warm | StepReport | Counts
 
 
 def asked(request: Request) -> tuple[Any, ...]:

@@ -6,14 +6,14 @@ is in ledger.py.
 """
 
 import asyncio
-import copy
+import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from time import monotonic
 from typing import Any
 
 from quantgate_serve.admission import AdmissionLimits
-from quantgate_serve.channel import Loaded, Message, StepReport, Submit, asked
+from quantgate_serve.channel import Counts, Loaded, Message, StepReport, Submit, asked
 from quantgate_serve.config import ServerSettings
 from quantgate_serve.engine_child import ChildState, EngineChild, Launch, launch_process
 from quantgate_serve.ledger import Ledger
@@ -27,6 +27,8 @@ _log = logging.getLogger(__name__)
 # What comes during the warm-up waits in the engine's queue.
 _TAKES_REQUESTS = (ChildState.WARMING, ChildState.SERVING)
 _WATCH_INTERVAL_S = 0.5
+# The counts follow a report at once. An engine that hangs meanwhile shall not hold up a scrape.
+_COUNTS_S = 1.0
 
 
 class EngineStoppedError(Exception):
@@ -119,16 +121,23 @@ class EngineClient:
         """
         children = list(self._children())
         serving = self._serving
-        total = EngineMetrics() if serving is None else copy.deepcopy(serving.metrics)
-        for child in children:
+        counted = {child: child.counts.read() for child in children}
+        total = EngineMetrics() if serving is None else counted[serving]
+        peak = sum(metrics.now.peak_memory_bytes for metrics in counted.values())
+        for child, metrics in counted.items():
             if child is not serving:
-                total.add(child.metrics)
+                total.add(metrics)
         total.add(self._metrics_before)
-        peak = sum(child.metrics.now.peak_memory_bytes for child in children)
         if any(child.loaded and child.loaded.device_type == "cpu" for child in children):
             peak += peak_resident_bytes()
         total.now.peak_memory_bytes = max(peak, self._metrics_before.now.peak_memory_bytes)
         return total
+
+    async def count(self) -> None:
+        """Wait until `metrics` has counted whatever was answered; for no step, so not for long."""
+        for child in list(self._children()):
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(child.has_counted.wait(), _COUNTS_S)
 
     @property
     def in_flight(self) -> list[Request]:
@@ -247,11 +256,10 @@ class EngineClient:
     def _hear(self, child: EngineChild, message: Message) -> None:
         match message:
             case StepReport():
-                if message.metrics is not None:
-                    child.metrics = message.metrics
-                    if child is self._serving:
-                        self._ledger.pace(message.metrics)
                 self._ledger.take(child, message)
+            case Counts():
+                if child is self._serving:
+                    self._ledger.pace(message)
             case Loaded() if child is self._serving:
                 self._limit(message.limits)
             case _ if child is self._serving and child.state is ChildState.SERVING:
@@ -280,10 +288,9 @@ class EngineClient:
         unfinished = [child.settle(id) for id in list(child.in_flight)]
         self._ledger.fail([request for request in unfinished if request is not None], reason)
         peak_bytes = self.metrics.now.peak_memory_bytes
-        child.metrics.now = EngineMetrics().now
-        self._metrics_before.add(child.metrics)
+        self._metrics_before.add(child.counts.read())
         self._metrics_before.now.peak_memory_bytes = peak_bytes
-        child.metrics = EngineMetrics()
+        child.counts = Counts.of(EngineMetrics())
         if child in self._others:
             self._others.remove(child)
             return

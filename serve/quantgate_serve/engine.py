@@ -118,8 +118,14 @@ class Engine:
         """Whether step() has time for something else while the device computes."""
         return self._runner.overlaps
 
-    def step(self, meanwhile: Callable[[], None] | None = None) -> Step:
-        """Choose a batch, compute it, move the requests on.
+    def step(self) -> Step:
+        """Choose a batch, compute it, move the requests on, count."""
+        step = self.compute()
+        self.note()
+        return step
+
+    def compute(self, meanwhile: Callable[[], None] | None = None) -> Step:
+        """A step but for the counting, which note() does: nobody's answer need wait for that.
 
         `meanwhile` is called once, while the batch is computed if the runner overlaps; it must not
         touch the requests.
@@ -132,15 +138,18 @@ class Engine:
             meanwhile()
         self._advance(collect())
         has_work = self._scheduler.has_work
-        if not (self.overlaps and has_work):
-            self._book()
         self._meter.end(started_ns=started_ns, had_work=bool(plan), has_work=has_work)
         step, self._step = self._step, Step()
+        return step
+
+    def note(self) -> None:
+        """Count what the step before brought, and now and then what the engine looks like."""
+        if not (self.overlaps and self._scheduler.has_work):
+            self._book()
         now = perf_counter_ns()
         if now - self._gauged_ns >= _GAUGES_EVERY_NS or not self.has_work:
             self._gauged_ns = now
             self.update_gauges()
-        return step
 
     def warm_up(self) -> None:
         """Compute prompts and decodes of two batch sizes, so that no client pays for it."""

@@ -20,11 +20,13 @@ from typing import Protocol
 from quantgate_serve.channel import (
     Channel,
     ChannelClosedError,
+    Counts,
     Frames,
     Loaded,
     Message,
     Refused,
     Start,
+    StepReport,
     Stop,
     Warm,
     frame,
@@ -129,7 +131,7 @@ class EngineChild(asyncio.Protocol):
         self.settings = settings
         self.state = ChildState.LOADING
         self.in_flight: dict[int, Request] = {}
-        self.metrics = EngineMetrics()
+        self.counts = Counts.of(EngineMetrics())
         self.loaded: Loaded | None = None
         # Why the model can never be served, if the engine said so.
         self.refusal: str | None = None
@@ -141,6 +143,9 @@ class EngineChild(asyncio.Protocol):
         self.has_warmed = asyncio.Event()
         self.has_gone = asyncio.Event()
         self.has_no_work = asyncio.Event()
+        # Cleared while the counts of what was reported are on their way.
+        self.has_counted = asyncio.Event()
+        self.has_counted.set()
         self._launch = launch
         self._on_message = on_message
         self._on_gone = on_gone
@@ -226,7 +231,7 @@ class EngineChild(asyncio.Protocol):
             match message:
                 case Loaded():
                     self.loaded = message
-                    self.metrics = message.metrics
+                    self.counts = Counts.of(message.metrics)
                     self.state = ChildState.WARMING
                     self.has_loaded.set()
                 case Warm():
@@ -234,6 +239,11 @@ class EngineChild(asyncio.Protocol):
                     self.has_warmed.set()
                 case Refused():
                     self.refusal = message.reason
+                case StepReport(counts_follow=True):
+                    self.has_counted.clear()
+                case Counts():
+                    self.counts = message
+                    self.has_counted.set()
                 case _:
                     pass
             self._on_message(self, message)
@@ -251,7 +261,7 @@ class EngineChild(asyncio.Protocol):
         # to give back takes longer, and nobody shall wait for that to be told.
         await asyncio.wait({ended}, timeout=_EXIT_CODE_S)
         self._on_gone(self)
-        for event in (self.has_loaded, self.has_warmed, self.has_no_work):
+        for event in (self.has_loaded, self.has_warmed, self.has_no_work, self.has_counted):
             event.set()
         await ended
         self.has_gone.set()

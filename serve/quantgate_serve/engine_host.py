@@ -16,6 +16,7 @@ from quantgate_serve.admission import (
 from quantgate_serve.channel import (
     Abort,
     Channel,
+    Counts,
     Ended,
     Loaded,
     Logprob,
@@ -36,9 +37,9 @@ from quantgate_serve.loading import UnsupportedModelError
 from quantgate_serve.request import FinishReason, Request, RequestError, RequestState
 from quantgate_serve.startup import build_engine, load_for_serving
 
-# The counts go along this often while there is work, and with the last step of it. Pickling them
-# takes as long as a hundred tokens. They are also the sign of life.
-METRICS_INTERVAL_S = 0.1
+# The counts are sent this often while there is work, and after the last step of it. They are also
+# the sign of life.
+COUNTS_INTERVAL_S = 0.1
 
 
 def host(channel: Channel) -> None:
@@ -86,7 +87,7 @@ class EngineHost:
         self._refused: list[Request] = []
         # What the front has not been told of yet: told while the next step is computed.
         self._untold: Step | None = None
-        self._next_metrics_s = 0.0
+        self._next_counts_s = 0.0
         self._is_stopping = False
 
     def run(self, messages: Sequence[Message] = ()) -> None:
@@ -105,10 +106,12 @@ class EngineHost:
             for message in self._channel.receive(idle_s):
                 self._take(message)
             if engine.has_work or self._refused:
-                self._untold = engine.step(self._tell if engine.overlaps else None)
+                self._untold = engine.compute(self._tell if engine.overlaps else None)
                 # A step that does not follow at once keeps nobody waiting.
                 if not engine.overlaps or engine.idle_s() != 0:
                     self._tell()
+                engine.note()
+                self._send_counts()
         self._tell()
 
     def _tell(self) -> None:
@@ -119,6 +122,13 @@ class EngineHost:
         report = self._report(step)
         if report is not None:
             self._channel.send(report)
+
+    def _send_counts(self) -> None:
+        """At times, and whenever nothing is left to do."""
+        now = monotonic()
+        if now >= self._next_counts_s or not self._engine.has_work:
+            self._channel.send(Counts.of(self._engine.metrics))
+            self._next_counts_s = now + COUNTS_INTERVAL_S
 
     def _take(self, message: Message) -> None:
         match message:
@@ -148,14 +158,13 @@ class EngineHost:
         """What the front must hear of `step`; None if that is nothing."""
         ended = [*self._refused, *step.ended]
         self._refused = []
-        now = monotonic()
-        metrics = None
-        if now >= self._next_metrics_s or not self._engine.has_work:
-            metrics = self._engine.metrics
-            self._next_metrics_s = now + METRICS_INTERVAL_S
-        elif not (step.started or step.grown or ended):
+        if not (step.started or step.grown or ended):
             return None
-        report = StepReport([request.id for request in step.started], [], [], {}, [], metrics)
+        report = StepReport(
+            [request.id for request in step.started],
+            *([], [], {}, []),
+            counts_follow=not self._engine.has_work,
+        )
         for request in step.grown:
             if request.params.wants_logprobs:
                 tokens, report.logprobs[request.id] = self._news(request)

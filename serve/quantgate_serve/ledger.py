@@ -8,9 +8,9 @@ from time import perf_counter_ns
 
 from quantgate_serve import transcript
 from quantgate_serve.admission import Admission, AdmissionLimits, QueueFullError
-from quantgate_serve.channel import Abort, StepReport
+from quantgate_serve.channel import Abort, Counts, StepReport
 from quantgate_serve.engine_child import EngineChild
-from quantgate_serve.metrics import EngineMetrics, FrontMetrics
+from quantgate_serve.metrics import FrontMetrics
 from quantgate_serve.request import FinishReason, Request, RequestError, RequestState
 
 
@@ -56,11 +56,11 @@ class Ledger:
             request.is_streaming = request.is_streaming or request.text is not None
             self._queued.add(request.id)
 
-    def pace(self, metrics: EngineMetrics) -> None:
+    def pace(self, counts: Counts) -> None:
         """Foresee waits by how fast the serving engine works."""
         if self._admission is not None:
-            self._admission.tokens_per_s = metrics.now.service_tokens_per_s
-            self._admission.s_per_step = metrics.now.service_s_per_step
+            self._admission.tokens_per_s = counts.service_tokens_per_s
+            self._admission.s_per_step = counts.service_s_per_step
 
     def take(self, child: EngineChild, report: StepReport) -> None:
         """Add what a step of `child` brought to its requests, and tell their listeners."""

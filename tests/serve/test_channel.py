@@ -13,6 +13,7 @@ from quantgate_serve.channel import (
     Abort,
     Channel,
     ChannelClosedError,
+    Counts,
     Frames,
     Message,
     StepReport,
@@ -26,6 +27,7 @@ from quantgate_serve.channel import (
     token_logprobs,
 )
 from quantgate_serve.detokenize import TextStream
+from quantgate_serve.metrics import EngineMetrics
 from quantgate_serve.request import (
     FinishReason,
     Request,
@@ -41,7 +43,8 @@ def some_messages() -> list[Message]:
     return [
         Submit([asked(request)]),
         Abort([request.id], FinishReason.STOP),
-        StepReport([1], [1], [9], {1: [(9, -0.5, ((9, -0.5),), ())]}, [], None),
+        StepReport([1], [1], [9], {1: [(9, -0.5, ((9, -0.5),), ())]}, [], counts_follow=True),
+        Counts.of(EngineMetrics(generation_tokens=7)),
     ]
 
 
@@ -95,7 +98,7 @@ def test_a_front_that_reads_nothing_holds_nobody_up_and_loses_nothing() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         channel = Channel(theirs)
-        report = StepReport([], [1] * 200, list(range(300, 500)), {}, [], None)
+        report = StepReport([], [1] * 200, list(range(300, 500)), {}, [], counts_follow=False)
         for _ in range(3000):  # far beyond what a socket buffers
             channel.send(report)
         frames, found = Frames(), []
@@ -120,3 +123,13 @@ def test_the_other_ends_end_is_noticed() -> None:
     with pytest.raises(ChannelClosedError):
         channel.receive(None)
     theirs.close()
+
+
+def test_each_reader_of_counts_has_a_copy_of_its_own() -> None:
+    metrics = EngineMetrics(generation_tokens=7)
+    metrics.now.service_tokens_per_s = 80.0
+    counts = Counts.of(metrics)
+    metrics.generation_tokens += 1
+    counts.read().generation_tokens += 1
+    assert counts.read().generation_tokens == 7
+    assert (counts.service_tokens_per_s, counts.service_s_per_step) == (80.0, None)

@@ -92,6 +92,7 @@ def test_tokens_equal_generate_and_each_end_is_heard_once(
                 assert [entry.token_id for entry in request.logprobs] == request.output_ids
                 assert [delta.is_last for delta in deltas] == [True]
                 assert 0 < request.arrived_ns <= request.scheduled_ns <= request.first_token_ns
+            await engine.count()
             assert engine.metrics.finished == {"length": 12}
             assert engine.metrics.generation_tokens == 12 * 12
 
@@ -248,6 +249,7 @@ def test_a_dead_engine_answers_everyone_and_is_started_again(
             again = [make_request([3, 4, i + 5], max_tokens=2) for i in range(30)]
             await complete(engine, again)
             assert all(request.error is None for request in again)
+            await engine.count()
             metrics = engine.metrics
             assert metrics.finished == {"length": 31}
             assert metrics.generation_tokens >= 65
@@ -376,6 +378,7 @@ def test_weights_change_under_load_and_no_request_fails(
             assert [r.finish_reason for r in requests] == [FinishReason.LENGTH] * len(requests)
             assert (engine.settings.model, engine.epoch) == (other_folder, 1)
             await until(lambda: launched.engines[0].poll() == 0)
+            await engine.count()
             assert engine.metrics.finished["length"] == len(requests)
             assert engine.front.engine_restarts == 0
 

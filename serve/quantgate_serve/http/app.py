@@ -50,6 +50,7 @@ def _probes(service: Service) -> list[BaseRoute]:
 
     async def metrics(http: HttpRequest) -> Response:
         service.check_operator(http)
+        await service.engine.count()
         # In a thread: some milliseconds of formatting would hold up every stream.
         text = await asyncio.to_thread(service.exposition.render)
         return Response(text, media_type=exposition.CONTENT_TYPE)
