@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
 
+from quantgate_serve.admission_window import AdmissionWindow
 from quantgate_serve.deadlines import Deadlines
 from quantgate_serve.kv.pool import PagePool
 from quantgate_serve.kv.prefix import PrefixCache
 from quantgate_serve.request import FinishReason, Priority, Request, RequestState
+from quantgate_serve.request_pages import RequestPages
+from quantgate_serve.running import RunningRequests
 from quantgate_serve.service_rate import ServiceRate
 from quantgate_serve.waiting import Turn, WaitingRequests
 
@@ -65,23 +68,20 @@ class Scheduler:
         # Set by a schedule() that held requests back though nothing runs: nothing changes before
         # then, unless a request is added.
         self.wake_ns: int | None = None
-        # How long each request that the window held was held, in seconds; the engine empties it.
-        self.window_waits: list[float] = []
         self.rate = ServiceRate()
         self._clock = clock
         self._waiting = WaitingRequests(aging_ns=limits.aging_ns)
-        # By class, each in order of `seat`: the last of the last class is the first to give way.
-        self._running: dict[Priority, dict[int, Request]] = {priority: {} for priority in Priority}
+        self._running = RunningRequests()
+        self._pages = RequestPages(pool, prefix_cache)
+        self._window = AdmissionWindow(window_ns=limits.window_ns, fill=limits.window_fill)
         self._deadlines = Deadlines()
-        self._num_seated = 0
         self._served_tokens = 0
-        self._held_since_ns: int | None = None
         # When the last step was chosen, if requests were left waiting for room then.
         self._blocked_ns: int | None = None
 
     @property
     def num_running(self) -> int:
-        return sum(map(len, self._running.values()))
+        return len(self._running)
 
     @property
     def num_waiting(self) -> int:
@@ -99,17 +99,22 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting) or any(self._running.values())
+        return bool(self._waiting) or bool(self._running)
 
     @property
     def running(self) -> list[Request]:
-        """The most urgent class first, each in the order in which they started."""
-        return [request for level in self._running.values() for request in level.values()]
+        """The most urgent class first, each in the order in which they first started."""
+        return self._running.requests
 
     @property
     def waiting(self) -> list[Request]:
         """By class; inside a class in order of arrival, not of turns."""
         return self._waiting.requests
+
+    @property
+    def window_waits(self) -> list[float]:
+        """How long the window held each request that it held, in seconds; the engine empties it."""
+        return self._window.waits
 
     def count_waiting(self, priority: Priority) -> int:
         return self._waiting.count(priority)
@@ -172,18 +177,18 @@ class Scheduler:
         if end > request.num_served:
             self._served_tokens += end - request.num_served
             request.num_served = end
-        if self.prefix_cache is not None and chunk.start < len(request.prompt_ids) <= end:
-            self._remember(request, request.prompt_ids)
+        if chunk.start < len(request.prompt_ids) <= end:
+            self._pages.remember(request, request.prompt_ids)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request in any state and give its pages back."""
         if request.is_finished:
             return
         if request.state is RequestState.RUNNING:
-            del self._running[request.level][request.id]
+            self._running.remove(request)
             if reason is not FinishReason.ERROR:
-                self._remember(request, request.token_ids[: request.num_computed])
-            self._release(request)
+                self._pages.remember(request, request.token_ids[: request.num_computed])
+            self._pages.release(request)
         else:
             self._waiting.discard(request)
         if request.seat >= 0:
@@ -201,12 +206,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise PageIntegrityError unless every page is accounted for."""
-        holders: list[list[int]] = [request.pages for request in self.running]
-        holders += [request.pages for request in self.waiting]
-        if self.prefix_cache is not None:
-            holders.append(list(self.prefix_cache.pages()))
-            self.prefix_cache.check_integrity()
-        self.pool.check_integrity(holders)
+        self._pages.check_integrity([*self.running, *self.waiting])
 
     def _observe_rate(self, now_ns: int) -> None:
         served, self._served_tokens = self._served_tokens, 0
@@ -216,34 +216,12 @@ class Scheduler:
 
     def _is_held(self, now_ns: int) -> bool:
         """Whether those that wait are kept for company a little longer."""
-        limits = self.limits
-        oldest_ns = None
-        if (
-            limits.window_ns > 0
-            and self._waiting
-            and len(self._waiting) + self.num_running < limits.window_fill
-            and not self._waiting.has_returning
-        ):
-            oldest_ns = self._waiting.oldest_ns
-        if oldest_ns is None or now_ns >= oldest_ns + limits.window_ns:
-            if self._held_since_ns is not None:
-                self._end_hold(now_ns)
+        until_ns = self._window.held_until_ns(self._waiting, now_ns, num_running=len(self._running))
+        if until_ns is None:
             return False
-        if self._held_since_ns is None:
-            self._held_since_ns = now_ns
-        self.wake_ns = oldest_ns + limits.window_ns
         deadline_ns = self._deadlines.next_ns
-        if deadline_ns is not None:
-            self.wake_ns = min(self.wake_ns, deadline_ns)
+        self.wake_ns = until_ns if deadline_ns is None else min(until_ns, deadline_ns)
         return True
-
-    def _end_hold(self, now_ns: int) -> None:
-        if self._held_since_ns is None:
-            return
-        since_ns, self._held_since_ns = self._held_since_ns, None
-        self.window_waits += [
-            (now_ns - max(since_ns, request.arrived_ns)) / 1e9 for request in self._waiting.requests
-        ]
 
     def _plan_running(self) -> tuple[list[Chunk], int]:
         """Chunks of the running requests, and what they leave of the token budget."""
@@ -252,7 +230,7 @@ class Scheduler:
         running = RequestState.RUNNING
         plan: list[Chunk] = []
         prefilling: list[Request] = []
-        for request in self.running:
+        for request in self._running.requests:
             start = request.num_computed
             # A victim comes last in this order, so it is never planned already.
             if request.state is not running:
@@ -275,12 +253,11 @@ class Scheduler:
 
     def _take_page(self, request: Request) -> bool:
         """One more page for `request`; False when it had to give up its own."""
-        while not self._ensure_free(1):
-            victim = self._last_running() or request
+        while not self._pages.grow(request):
+            victim = self._running.last or request
             self._preempt(victim)
             if victim is request:
                 return False
-        request.pages += self.pool.allocate(1)
         return True
 
     def _seat_urgent(self, now_ns: int) -> None:
@@ -288,7 +265,7 @@ class Scheduler:
         tokens = 0
         while tokens < self.limits.max_batched_tokens:
             turn = self._waiting.turn(now_ns)
-            last = self._last_running()
+            last = self._running.last
             # An aged turn is a share of what is given away, no right to interrupt.
             if turn is None or last is None or turn.is_aged:
                 return
@@ -304,13 +281,9 @@ class Scheduler:
 
     def _would_fit_without(self, request: Request) -> bool:
         """Whether `request` would find room if nothing less urgent ran."""
-        pages = self.pool.num_free + self.pool.num_cached
-        staying = 0
-        for level, requests in self._running.items():
-            if level > request.priority:
-                pages += sum(len(other.pages) for other in requests.values())
-            else:
-                staying += len(requests)
+        leaving = self._running.less_urgent(request.priority)
+        staying = len(self._running) - len(leaving)
+        pages = self.pool.num_free + self.pool.num_cached + sum(len(o.pages) for o in leaving)
         needed = self.pool.pages_for(len(request.token_ids)) + staying
         return staying < self.limits.max_batch_size and needed <= pages
 
@@ -328,78 +301,27 @@ class Scheduler:
     def _seat(self, turn: Turn) -> bool:
         """Start the request whose turn it is; False when it finds no seat or no pages now."""
         request = turn.request
-        if self.num_running >= self.limits.max_batch_size or not self._reserve(request):
+        num_running = len(self._running)
+        # Head room of a page for each running request, or admission would only cause preemption.
+        if num_running >= self.limits.max_batch_size or not self._pages.reserve(
+            request, head_room=num_running
+        ):
             return False
         self._waiting.take(turn)
         if turn.is_aged:
             # Else the next urgent request would interrupt it, and it would never end.
             request.level = Priority.INTERACTIVE
         request.state = RequestState.RUNNING
-        level = self._running[request.level]
-        level[request.id] = request
-        if request.seat < 0:
-            request.seat = self._num_seated
-            self._num_seated += 1
-        else:
-            ordered = sorted(level.values(), key=lambda other: other.seat)
-            self._running[request.level] = {other.id: other for other in ordered}
+        self._running.seat(request)
         return True
-
-    def _reserve(self, request: Request) -> bool:
-        """Pages for all tokens so far, reusing known prefixes; False when they do not fit now."""
-        cached: list[int] = []
-        # A reused page has no logits, so a request that wants its prompt's starts from nothing.
-        if self.prefix_cache is not None and not request.params.reads_whole_prompt:
-            cached = self.prefix_cache.match(
-                request.token_ids, root=request.cache_root, owner=request.tenant
-            )
-        count = self.pool.pages_for(len(request.token_ids)) - len(cached)
-        # Head room of a page for each running request, or admission would only cause preemption.
-        if not self._ensure_free(count + self.num_running):
-            self._give_back(cached)
-            return False
-        request.pages = cached + self.pool.allocate(count)
-        request.num_computed = len(cached) * self.pool.page_size
-        if request.num_preemptions == 0:
-            request.num_cached = request.num_computed
-        return True
-
-    def _ensure_free(self, count: int) -> bool:
-        missing = count - self.pool.num_free
-        if missing > 0 and self.prefix_cache is not None:
-            self.prefix_cache.evict(missing)
-        return self.pool.num_free >= count
-
-    def _last_running(self) -> Request | None:
-        """The newest of the least urgent class that runs."""
-        for level in reversed(self._running.values()):
-            if level:
-                return next(reversed(level.values()))
-        return None
 
     def _preempt(self, request: Request) -> None:
-        del self._running[request.level][request.id]
+        self._running.remove(request)
         # What is not needed for others at once is found again when it continues.
-        self._remember(request, request.token_ids[: request.num_computed])
-        self._release(request)
+        self._pages.remember(request, request.token_ids[: request.num_computed])
+        self._pages.release(request)
         request.num_computed = 0
         request.num_preemptions += 1
         request.state = RequestState.WAITING
         self._waiting.put_back(request)
         self.num_preemptions += 1
-
-    def _remember(self, request: Request, tokens: list[int]) -> None:
-        if self.prefix_cache is not None:
-            self.prefix_cache.insert(
-                tokens, request.pages, root=request.cache_root, owner=request.tenant
-            )
-
-    def _release(self, request: Request) -> None:
-        self._give_back(request.pages)
-        request.pages = []
-
-    def _give_back(self, pages: list[int]) -> None:
-        if self.prefix_cache is None:
-            self.pool.release(pages)
-        else:
-            self.prefix_cache.release(pages)
