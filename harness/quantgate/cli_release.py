@@ -162,7 +162,7 @@ def drill(
     with progress_shown() as progress:
         result, path = run_drill(request, progress)
         if record:
-            from quantgate.record import record_drill
+            from quantgate.record_drill import record_drill
 
             progress.stage("record")
             record_drill(path, result, tracking_uri=tracking_uri)

@@ -140,7 +140,8 @@ def ui(
 
     Example: quantgate ui --port 5000
     """
-    from quantgate.record import embedded_uri, ui_page
+    from quantgate.record import ui_page
+    from quantgate.record_store import embedded_uri
 
     if not (runs / "mlflow.db").is_file():
         raise UsageError(f"{runs}/mlflow.db: nothing is recorded yet. Write: quantgate release …")

@@ -5,25 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlflow
 import pytest
 
-from quantgate.drill.results import Caught, DrillResult, DrillRow, write_drill
-from quantgate.machine import describe_machine
-from quantgate.measure import (
-    Binomial,
-    Clustered,
-    Latencies,
-    Missing,
-    PairedBinary,
-    PairedBlocks,
-    Scalar,
-)
-from quantgate.record import embedded_uri, record_drill, record_release, ui_page
-from quantgate.recorded_metrics import metrics_of
+from quantgate.record import record_release, ui_page
+from quantgate.record_store import embedded_uri
 from quantgate.recorded_span import span_of_release
 from quantgate.release import ReleaseResult
 from quantgate.release_folder import JUDGED, RECORDED, releases
@@ -193,92 +181,3 @@ def test_recording_is_what_lets_a_release_be_promoted(release_copy: MiniProject)
 def test_importing_the_recorder_does_not_import_mlflow() -> None:
     code = "import sys, quantgate.record; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("measurement", "expected"),
-    [
-        (
-            Scalar(metric="memory/peak_bytes.max", source="f", value=7, unit="B", n=1),
-            {"memory/peak_bytes.max": 7.0},
-        ),
-        (
-            PairedBinary(
-                metric="quality/a.exact_match",
-                source="f",
-                both=6,
-                reference_only=3,
-                candidate_only=1,
-                neither=0,
-            ),
-            {"quality/a.exact_match": 0.7, "quality/a.exact_match.drop": 0.2},
-        ),
-        (
-            Binomial(metric="stability/error.rate", source="f", events=1, trials=4),
-            {"stability/error.rate": 0.25},
-        ),
-        (
-            Clustered(
-                metric="quality/perplexity.ratio",
-                source="f",
-                unit="x",
-                totals=(0.0, 0.0),
-                counts=(1, 3),
-                transform="exp",
-                paired=True,
-            ),
-            {"quality/perplexity.ratio": 1.0},
-        ),
-        (
-            PairedBlocks(
-                metric="perf/output_tok_per_s.ratio",
-                source="f",
-                unit="tok/s",
-                champion=(1.0, 4.0),
-                candidate=(2.0, 2.0),
-            ),
-            {"perf/output_tok_per_s.ratio": 1.0},
-        ),
-        (
-            Latencies(metric="perf/e2e_ms.p95", source="f", unit="ms", values=(1.0,), failed=1),
-            {},
-        ),
-        (Missing(metric="perf/e2e_ms.p95", reason="the server died"), {}),
-    ],
-    ids=["scalar", "paired binary", "binomial", "clustered", "blocks", "failed p95", "missing"],
-)
-def test_a_chart_shows_a_number_only_where_there_is_one(
-    measurement: Any, expected: dict[str, float]
-) -> None:
-    assert dict(metrics_of(measurement)) == pytest.approx(expected)
-
-
-def test_a_drill_is_one_run_with_its_score_and_its_table(tmp_path: Path) -> None:
-    rows = tuple(
-        DrillRow(
-            fault=fault, what="w", variant="bf16", is_harmful=outcome is not Caught.PASSED,
-            outcome=outcome, layer="", gates=(), verdict="", effect="", seconds=1.0,
-        )
-        for fault, outcome in (
-            ("one", Caught.CAUGHT), ("two", Caught.LET_THROUGH), ("same", Caught.PASSED)
-        )
-    )  # fmt: skip
-    result = DrillResult(
-        policy="p", policy_sha256="0", source="order-desk", source_sha256="1",
-        machine=describe_machine(), taken_at="2026-11-24T10:00:00+00:00", seconds=9.0,
-        seconds_by_layer={"audit": 5.0}, rows=rows, blind_gates={}, not_applicable={}, advice={},
-    )  # fmt: skip
-    path = tmp_path / "drill-p-1" / "drill.json"
-    write_drill(path, result)
-    recorded = record_drill(path, result)
-    run = mlflow.MlflowClient(tracking_uri=recorded.tracking_uri).get_run(recorded.run_id)
-    assert recorded.experiment == "order-desk/gate-drills"
-    assert run.data.metrics["drill/mutation_score.rate"] == 0.5
-    assert run.data.metrics["drill/false_alarm.rate"] == 0.0
-    assert run.data.metrics["drill/audit_s"] == 5.0
-    assert run.data.tags["drill"] == "not clean"
-    assert run.info.status == "FINISHED"
-    assert (run.info.start_time, run.info.end_time) == (1795514400000, 1795514409000)
-    artifacts = tmp_path / "artifacts" / recorded.run_id / "artifacts"
-    assert (artifacts / "drill.json").read_bytes() == path.read_bytes()
-    assert "| `two` |" in (artifacts / "drill.md").read_text(encoding="utf-8")
