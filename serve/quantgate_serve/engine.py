@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter_ns
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from quantgate_serve.admission import Admission, AdmissionLimits
 from quantgate_serve.device_memory import read_memory
+from quantgate_serve.embedding import add_hidden, embedding_of
 from quantgate_serve.failures import is_out_of_memory, request_error
 from quantgate_serve.finite import NonFiniteLogitsError
 from quantgate_serve.metrics import EngineMetrics
@@ -272,14 +271,14 @@ class Engine:
             if result.prompt_logprobs:
                 request.prompt_logprobs += result.prompt_logprobs
             if result.hidden_sum is not None:
-                _add_hidden(request, result.chunk.start, result.hidden_sum)
+                add_hidden(request, result.chunk.start, result.hidden_sum)
             if result.token_id is not None:
                 if request.first_token_ns:
                     last_token_ns[request.last_token_ns] += 1
                 self._append(request, result, result.token_id, now)
             elif request.num_uncomputed == 0:  # max_tokens=0 asks for the prompt only
                 request.first_token_ns = now
-                request.embedding = _embedding(request)
+                request.embedding = embedding_of(request)
                 self._finish(request, FinishReason.LENGTH)
         for then, count in last_token_ns.items():
             self.metrics.inter_token_s.observe((now - then) / 1e9, count)
@@ -350,18 +349,3 @@ def _warm_up_request(length: int) -> Request:
     return Request(
         prompt_ids=[0] * max(1, length), params=SamplingParams(max_tokens=3, ignore_eos=True)
     )
-
-
-def _add_hidden(request: Request, start: int, hidden_sum: NDArray[np.float32]) -> None:
-    """Count a chunk in; one that starts at 0 begins anew, as after a preemption."""
-    before = None if start == 0 else request.hidden_sum
-    request.hidden_sum = hidden_sum if before is None else before + hidden_sum
-
-
-def _embedding(request: Request) -> tuple[float, ...] | None:
-    """The direction of the mean hidden state, as a vector of length 1."""
-    if request.hidden_sum is None:
-        return None
-    length = float(np.linalg.norm(request.hidden_sum))
-    scaled = request.hidden_sum / length if length > 0 else request.hidden_sum
-    return tuple(scaled.astype(np.float32).tolist())
