@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -31,12 +31,16 @@ Ask = Callable[[BenchRequest], dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class ArmResult:
-    """One run of one arm. `outputs` holds each request's tokens where the arm gives them."""
+    """One run of one arm. `outputs` holds each request's tokens where the arm gives them.
+
+    `cpu_s` is the CPU time of all threads, where the arm runs in this process and says it.
+    """
 
     num_tokens: int
     duration_s: float
     outputs: list[list[int]] | None = None
     mean_batch: float | None = None
+    cpu_s: float | None = None
 
     @property
     def tok_per_s(self) -> float:
@@ -132,11 +136,11 @@ class OwnEngine:
         """A fresh engine each time, so that no arm finds another's prefixes in the cache."""
         engine = build_engine(self.loaded, self.settings)
         asked = [_to_request(request) for request in requests]
-        started = perf_counter()
+        started, cpu_s = perf_counter(), process_time()
         engine.submit(asked)
         while engine.has_work:
             engine.step()
-        duration_s = perf_counter() - started
+        duration_s, cpu_s = perf_counter() - started, process_time() - cpu_s
         for request in asked:
             if request.error is not None:
                 raise RuntimeError(f"our engine failed a request: {request.error.message}")
@@ -146,6 +150,7 @@ class OwnEngine:
             duration_s,
             [request.output_ids for request in asked],
             sizes.sum / max(1, sum(sizes.counts)),
+            cpu_s,
         )
 
     def one_by_one(self) -> Ask:
@@ -244,6 +249,8 @@ def start_server(settings: ServerSettings, ready_file: Path) -> Iterator[OwnServ
     command += ["--no-coalescing"]  # every arm computes every request
     command += ["--max-batch-size", str(settings.max_batch_size)]
     command += ["--max-batched-tokens", str(settings.max_batched_tokens)]
+    if settings.threads is not None:
+        command += ["--threads", str(settings.threads)]
     if not settings.prefix_cache:
         command.append("--no-prefix-cache")
     log_path = ready_file.with_suffix(".log")
