@@ -8,33 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
-from pathlib import Path
+from functools import partial
 
-from quantgate.errors import MeasurementError, UsageError
+from quantgate.errors import MeasurementError
 from quantgate.files import write_bytes
 from quantgate.measure import Measurement, Missing
 from quantgate.plan import Plan
 from quantgate.policy import SOURCE, required_gates
 from quantgate.progress import Progress
 from quantgate.quality import distribution_results, noise_floor, served
-from quantgate.quality.completions import FULL_BATCHES, Batching
+from quantgate.quality.completions import FULL_BATCHES
 from quantgate.quality.distribution import Candidate, compare_with_reference
 from quantgate.quality.distribution_store import distribution_paths, group_size_of
-from quantgate.quality.early_stop import StopRule, stop_rules
+from quantgate.quality.early_stop import stop_rules
 from quantgate.quality.golden import GoldenSet
 from quantgate.quality.noise_floor import OTHER_BATCHES, Rerun
-from quantgate.quality.rendering import RenderedPrompt, Renderer
+from quantgate.quality.questions import Questions, size_of
 from quantgate.quality.results import metrics_of
-from quantgate.quality.stage import QualityResult, ServedModel, join_results, measure_quality
+from quantgate.quality.stage import QualityResult, ServedModel, join_results
 from quantgate.quality.turns import Piece, take_turns
-from quantgate.release_folder import ReleaseFolder, store_of
+from quantgate.release_folder import ReleaseFolder
 from quantgate.resolution import NoiseFloor
 from quantgate.server_pool import ServerPool
 from quantgate.variants.build import Variant
-
-# Of text in most languages.
-_CHARACTERS_A_TOKEN = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,10 +110,7 @@ class _Work:
         self._plan = plan
         self._release = release
         self._variants = variants
-        self._servers = servers
         self._progress = progress
-        self._store = store_of(plan.runs) / "results"
-        self._store.mkdir(parents=True, exist_ok=True)
         self.models = [
             ServedModel(name=v.name, folder=v.folder, artifact_sha256=v.manifest.artifact_sha256)
             for v in variants.values()
@@ -126,8 +119,9 @@ class _Work:
             folder, digest = plan.source.folder, plan.source.sha256
             self.models.insert(0, ServedModel(name=SOURCE, folder=folder, artifact_sha256=digest))
         self.reference = next(m for m in self.models if m.name == plan.policy.reference)
-        self._max_tokens = plan.policy.distribution.max_tokens if plan.policy.distribution else 0
-        self._documents = self._render_documents()
+        self._questions = Questions(
+            plan, release, servers, progress, tokenizer=self.reference.folder
+        )
         num_sets = len(plan.golden_sets)
         self.asked = {model.name: _Asked(num_sets) for model in self.models}
         self._again = _Asked(num_sets)
@@ -138,21 +132,20 @@ class _Work:
     @property
     def num_steps(self) -> int:
         """Items and documents asked, the reference's twice, and comparisons of distributions."""
-        num_asked = sum(len(golden.items) for golden in self._plan.golden_sets)
-        num_asked += len(self._documents)
-        num_compared = len(self._variants) if self._documents else 0
+        num_documents = len(self._questions.documents)
+        num_compared = len(self._variants) if num_documents else 0
         twice = [m for m in self.models if served.is_asked_twice(self._plan.policy, m.name)]
-        num_again = len(twice) * len(self._documents)
-        return num_asked * (len(self.models) + 1) + num_again + num_compared
+        num_again = len(twice) * num_documents
+        return self._questions.num_asked * (len(self.models) + 1) + num_again + num_compared
 
     def queues(self) -> dict[str, list[Piece]]:
         """By model; the reference first, since others may wait for its answers."""
         reference = self.reference.name
         others = [model for model in self.models if model.name != reference]
         queues = {reference: [*self._ask(self.reference), *self._ask_again()]}
-        if self._documents:
+        if self._questions.documents:
             # Three passes over the documents: the reference, and each variant and its twin.
-            size = self._size_of_documents * (1 + 2 * len(self._variants))
+            size = self._questions.size_of_documents * (1 + 2 * len(self._variants))
             queues["all variants"] = [
                 Piece(name="distribution", size=size, work=self._compare_distributions)
             ]
@@ -167,17 +160,17 @@ class _Work:
 
         def ask(sets: tuple[GoldenSet, ...]) -> None:
             rules = stop_rules(gates, reference.answers.items) if gates else None
-            found = self._ask_golden(model, FULL_BATCHES, sets, rules)
+            found = self._questions.ask_golden(model, FULL_BATCHES, sets, rules)
             for golden, path in found.items.items():
                 write_bytes(self._release.items(model.name, golden), path.read_bytes())
             asked.take(found, len(sets))
 
         def ask_documents() -> None:
             try:
-                self._ask_documents(model, FULL_BATCHES, self._release.served(model.name))
+                self._questions.ask_documents(model, FULL_BATCHES, self._release.served(model.name))
                 if served.is_asked_twice(self._plan.policy, model.name):
                     again = self._release.rerun(model.name, "served")
-                    self._ask_documents(model, OTHER_BATCHES, again)
+                    self._questions.ask_documents(model, OTHER_BATCHES, again)
             except MeasurementError as error:
                 asked.served_failure = str(error)
                 self._progress.note(f"{model.name}: served: {str(error).splitlines()[0]}")
@@ -188,11 +181,11 @@ class _Work:
             *(
                 Piece(
                     name=_name_of(sets),
-                    size=_size_of(sets),
+                    size=size_of(sets),
                     work=partial(ask, sets),
                     is_ready=is_ready,
                 )
-                for sets in self._sets_together
+                for sets in self._questions.sets_together
             ),
             *self._documents_piece("served", ask_documents),
         ]
@@ -201,37 +194,23 @@ class _Work:
         """The reference, all of it once more at another batch size and order."""
 
         def ask(sets: tuple[GoldenSet, ...]) -> None:
-            self._again.take(self._ask_golden(self.reference, OTHER_BATCHES, sets), len(sets))
+            self._again.take(
+                self._questions.ask_golden(self.reference, OTHER_BATCHES, sets), len(sets)
+            )
 
         return [
             *(
-                Piece(name=f"{_name_of(sets)} again", size=_size_of(sets), work=partial(ask, sets))
-                for sets in self._sets_together
+                Piece(name=f"{_name_of(sets)} again", size=size_of(sets), work=partial(ask, sets))
+                for sets in self._questions.sets_together
             ),
             *self._documents_piece("served again", self._ask_documents_again),
             Piece(name="noise floors", size=0, work=self._find_floors_of_sets),
         ]
 
-    @property
-    def _sets_together(self) -> list[tuple[GoldenSet, ...]]:
-        """What is asked in one piece; the largest first, so that the pieces at the end are short.
-
-        One after the other where two models are asked at a time, and so all servers kept. Else all
-        of them: for each piece the server would be started anew.
-        """
-        sets = self._plan.golden_sets
-        if self._plan.models_together == 1:
-            return [sets] if sets else []
-        return sorted(((golden,) for golden in sets), key=_size_of, reverse=True)
-
     def _documents_piece(self, name: str, work: Callable[[], None]) -> list[Piece]:
-        if not self._documents:
+        if not self._questions.documents:
             return []
-        return [Piece(name=name, size=self._size_of_documents, work=work)]
-
-    @cached_property
-    def _size_of_documents(self) -> float:
-        return sum(min(len(one.ids), self._max_tokens) for one in self._documents)
+        return [Piece(name=name, size=self._questions.size_of_documents, work=work)]
 
     def _find_floors_of_sets(self) -> None:
         """What of the reference's answers came out differently."""
@@ -254,7 +233,9 @@ class _Work:
     def _compare_distributions(self) -> None:
         """Teacher-forced KL against the reference."""
         plan, progress = self._plan, self._progress
-        paths = distribution_paths(plan, self._variants, self._variants, store=self._store)
+        paths = distribution_paths(
+            plan, self._variants, self._variants, store=self._questions.store
+        )
         wanted = {
             name: Candidate(
                 folder=variant.folder,
@@ -269,13 +250,13 @@ class _Work:
         self.distribution_failures = compare_with_reference(
             self.reference.folder,
             wanted,
-            self._documents,
+            self._questions.documents,
             out=paths,
             log=self._release.path / "distribution.log",
             device=plan.device,
             dtype=plan.dtype,
             threads=plan.server.threads,
-            max_tokens=self._max_tokens,
+            max_tokens=self._questions.max_tokens,
             max_context=plan.server.max_context,
             on_done=lambda name: progress.step(note=f"{name} distribution"),
         )
@@ -285,40 +266,6 @@ class _Work:
         for name, reason in self.distribution_failures.items():
             progress.note(f"{name}: {reason}")
 
-    def _ask_golden(
-        self,
-        model: ServedModel,
-        batching: Batching,
-        sets: tuple[GoldenSet, ...],
-        rules: Mapping[str, StopRule] | None = None,
-    ) -> QualityResult:
-        return measure_quality(
-            model,
-            sets,
-            store=self._store,
-            log=self._release.log(model.name),
-            servers=self._servers,
-            timeout_s=self._plan.timeout_s * 10,
-            on_answers=self._counting(model.name),
-            batching=batching,
-            stop_rules=rules,
-        )
-
-    def _ask_documents(self, model: ServedModel, batching: Batching, out: Path) -> None:
-        """Writes scored tokens to `out`."""
-        path = served.measure_served(
-            model,
-            self._documents,
-            max_tokens=self._max_tokens,
-            store=self._store,
-            log=self._release.log(model.name),
-            servers=self._servers,
-            timeout_s=self._plan.timeout_s * 10,
-            on_answers=self._counting(model.name),
-            batching=batching,
-        )
-        write_bytes(out, path.read_bytes())
-
     def _ask_documents_again(self) -> None:
         """The noise as measurements, and as floors."""
         name = self.reference.name
@@ -327,7 +274,7 @@ class _Work:
         try:
             if failure is not None:
                 raise MeasurementError(failure)
-            self._ask_documents(self.reference, OTHER_BATCHES, again)
+            self._questions.ask_documents(self.reference, OTHER_BATCHES, again)
             rerun = Rerun(first=self._release.served(name), second=again)
             source = self._release.relative(again)
             self.floors += noise_floor.floors_of_distribution(rerun, source=source)
@@ -338,34 +285,6 @@ class _Work:
             metrics = (*distribution_results.METRICS, *served.METRICS)
             self.floors += noise_floor.missing_floors(metrics, reason)
 
-    def _counting(self, name: str) -> Callable[[int], None]:
-        return lambda count: self._progress.step(count, name)
-
-    def _render_documents(self) -> list[RenderedPrompt]:
-        """Those with a token to predict."""
-        if self._plan.documents is None:
-            return []
-        rendered = Renderer(self.reference.folder).render(self._plan.documents)
-        usable = [one for one in rendered if min(len(one.ids), self._max_tokens) >= 2]
-        if not usable:
-            raise UsageError("distribution: no document has two tokens, so nothing is compared.")
-        return usable
-
 
 def _name_of(sets: tuple[GoldenSet, ...]) -> str:
     return ", ".join(golden.name for golden in sets)
-
-
-def _size_of(sets: tuple[GoldenSet, ...]) -> float:
-    """About how many tokens are computed; only the order of pieces depends on it."""
-    num_characters = sum(
-        len(item.text or "") + sum(len(message["content"]) for message in item.messages or ())
-        for golden in sets
-        for item in golden.items
-    )
-    num_answered = sum(
-        len(golden.items) * golden.task.generation_kwargs.max_gen_toks
-        for golden in sets
-        if golden.task.output_type == "generate_until"
-    )
-    return num_characters / _CHARACTERS_A_TOKEN + num_answered
