@@ -48,36 +48,52 @@ INLINE void score_page(const float *q, const float *page, int dim, float scale, 
     store(scores, sums(x) * scale);
 }
 
-/* out[r] += sum over n tokens of weights[r][t] * page[t], for `width` vectors of `rows` rows. */
-INLINE void mix_block(const float *weights, const float *page, int n, int dim, int rows, int width,
-                      float *out) {
-    vec acc[4][4];
-    for (int r = 0; r < rows; r++)
-        for (int w = 0; w < width; w++) acc[r][w] = load(out + r * dim + w * LANES);
+/* sums[r] += sum over n tokens of weights[r][t] * page[t], for `width` vectors of `rows` rows. */
+INLINE void mix_tokens(const float *weights, const float *page, int n, int dim, int rows, int width,
+                       vec sums[4][4], const float *next, const int fetches) {
     for (int t = 0; t < n; t++) {
         vec value[4];
         for (int w = 0; w < width; w++) value[w] = load(page + t * dim + w * LANES);
+        if (fetches)
+            for (int w = 0; w < width; w++)
+                __builtin_prefetch(next + t * dim + w * LANES, 0, 2);
         for (int r = 0; r < rows; r++)
-            for (int w = 0; w < width; w++) acc[r][w] += weights[r * TILE + t] * value[w];
+            for (int w = 0; w < width; w++) sums[r][w] += weights[r * TILE + t] * value[w];
     }
+}
+
+/* Adds to `out` what mix_tokens sums up; as much as is read of the page is asked for of `next`, if
+ * there is one. */
+INLINE void mix_block(const float *weights, const float *page, const float *next, int n, int dim,
+                      int rows, int width, float *out) {
+    vec acc[4][4];
+    for (int r = 0; r < rows; r++)
+        for (int w = 0; w < width; w++) acc[r][w] = load(out + r * dim + w * LANES);
+    if (next)
+        mix_tokens(weights, page, n, dim, rows, width, acc, next, 1);
+    else
+        mix_tokens(weights, page, n, dim, rows, width, acc, 0, 0);
     for (int r = 0; r < rows; r++)
         for (int w = 0; w < width; w++) store(out + r * dim + w * LANES, acc[r][w]);
 }
 
-INLINE void mix_page(const float *weights, int rows, const float *page, int n, int dim, float *out) {
+INLINE void mix_page(const float *weights, int rows, const float *page, const float *next, int n,
+                     int dim, float *out) {
     int d = 0;
     for (; d + 4 * LANES <= dim; d += 4 * LANES) {
+        const float *ahead = next ? next + d : 0;
         int r = 0;
-        for (; r + 4 <= rows; r += 4)
-            mix_block(weights + r * TILE, page + d, n, dim, 4, 4, out + r * dim + d);
-        for (; r + 2 <= rows; r += 2)
-            mix_block(weights + r * TILE, page + d, n, dim, 2, 4, out + r * dim + d);
-        for (; r < rows; r++)
-            mix_block(weights + r * TILE, page + d, n, dim, 1, 4, out + r * dim + d);
+        for (; r + 4 <= rows; r += 4, ahead = 0)
+            mix_block(weights + r * TILE, page + d, ahead, n, dim, 4, 4, out + r * dim + d);
+        for (; r + 2 <= rows; r += 2, ahead = 0)
+            mix_block(weights + r * TILE, page + d, ahead, n, dim, 2, 4, out + r * dim + d);
+        for (; r < rows; r++, ahead = 0)
+            mix_block(weights + r * TILE, page + d, ahead, n, dim, 1, 4, out + r * dim + d);
     }
     for (; d < dim; d += LANES)
         for (int r = 0; r < rows; r++)
-            mix_block(weights + r * TILE, page + d, n, dim, 1, 1, out + r * dim + d);
+            mix_block(weights + r * TILE, page + d, r || !next ? 0 : next + d, n, dim, 1, 1,
+                      out + r * dim + d);
 }
 
 /* The scores of a row over `pages` pages become weights; returns their sum, and the most seen. */
@@ -134,16 +150,19 @@ INLINE void attend_block(cache_view kv, const float *query, int64_t query_stride
         int end = start + TILE < length ? start + TILE : length;
         int num_pages = (end - start + LANES - 1) / LANES;
         const int32_t *at = pages + start / LANES;
-        /* All heads of a page, then the next page: memory is read in long runs. */
-        for (int p = 0; p < num_pages; p++)
+        /* All heads of a page, then the next page: memory is read in long runs. Behind the last
+         * page of keys comes the first one of values. */
+        for (int p = 0; p < num_pages; p++) {
+            const float *page = kv.keys + at[p] * kv.page_stride;
+            const float *next = p + 1 < num_pages ? kv.keys + at[p + 1] * kv.page_stride
+                                                  : kv.values + at[0] * kv.page_stride;
             for (int r = 0; r < rows; r++) {
-                if (r % per_head == 0 && p + 1 < num_pages)
-                    fetch(kv.keys + at[p + 1] * kv.page_stride + r / per_head * LANES * dim,
-                          LANES * dim);
-                score_page(q + r * dim,
-                           kv.keys + at[p] * kv.page_stride + (r / per_head) * LANES * dim, dim,
-                           kv.scale, scores + r * TILE + p * LANES);
+                int64_t head = r / per_head * LANES * dim;
+                if (r % per_head == 0) fetch(next + head, LANES * dim);
+                score_page(q + r * dim, page + head, dim, kv.scale,
+                           scores + r * TILE + p * LANES);
             }
+        }
         for (int r = 0; r < rows; r++) {
             float before = most[r];
             int seen = first + (r % per_head) / group + 1 - start;
@@ -160,10 +179,12 @@ INLINE void attend_block(cache_view kv, const float *query, int64_t query_stride
         for (int p = 0; p < num_pages; p++) {
             /* Slots behind the last token are not read: what lies there may be no number. */
             int n = end - start - p * LANES < LANES ? end - start - p * LANES : LANES;
-            for (int k = 0; k < heads; k++)
+            for (int k = 0; k < heads; k++) {
+                const float *values = kv.values + k * LANES * dim;
+                const float *next = p + 1 < num_pages ? values + at[p + 1] * kv.page_stride : 0;
                 mix_page(scores + k * per_head * TILE + p * LANES, per_head,
-                         kv.values + at[p] * kv.page_stride + k * LANES * dim, n, dim,
-                         out + k * per_head * dim);
+                         values + at[p] * kv.page_stride, next, n, dim, out + k * per_head * dim);
+            }
         }
     }
     for (int r = 0; r < rows; r++) {
@@ -199,7 +220,8 @@ void attend_part(const attention *a) {
     const int64_t page_stride = kv_heads * LANES * dim, output_stride = a->num_heads * dim;
     const int group = a->num_heads / kv_heads;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < a->num_blocks * kv_heads; i++) {
+    /* From the last one, the longest of the decodes: so no thread waits long for the others. */
+    for (int64_t i = a->num_blocks * kv_heads - 1; i >= 0; i--) {
         block b = a->blocks[i / kv_heads];
         int64_t k = i % kv_heads;
         int heads = heads_together(b.count, group, kv_heads, a->num_blocks, a->threads);
