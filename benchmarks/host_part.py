@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from machine import describe_machine
-from torch import Tensor
 
 from quantgate_serve.config import ServerSettings
 from quantgate_serve.engine import Engine
 from quantgate_serve.engine_host import EngineHost
+from quantgate_serve.native.decoder import Computed
 from quantgate_serve.request import Request, SamplingParams
 from quantgate_serve.startup import build_engine, load_for_serving
 
@@ -30,15 +30,16 @@ SIZES = (1, 16, 64, 128)
 _PROMPT, _ROUNDS = 96, 5
 
 
-class ReadyLogits(torch.nn.Module):
+class ReadyLogits:
     """Stands where the decoder was."""
 
     def __init__(self, vocab_size: int) -> None:
-        super().__init__()
         self._logits = torch.randn(512, vocab_size, generator=torch.Generator().manual_seed(1))
+        self._best = self._logits.argmax(dim=-1).tolist()
 
-    def forward(self, _ids: Tensor, _positions: Tensor, _step: object, rows: Tensor) -> Tensor:
-        return self._logits[: len(rows)]
+    def compute(self, *arguments: Any) -> Computed:
+        count = len(arguments[-1])
+        return Computed(self._logits[:count], self._best[:count], is_finite=True)
 
 
 class Pipe:
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     loaded = load_for_serving(DEMO, settings)
     engine = build_engine(loaded, settings)
     runner: Any = engine._runner
-    runner._decoder = ReadyLogits(loaded.vocab_size)
+    runner._native = ReadyLogits(loaded.vocab_size)
     rows: list[dict[str, Any]] = []
     for size in SIZES:
         row: dict[str, Any] = {"running": size}

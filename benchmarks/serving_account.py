@@ -33,7 +33,7 @@ from serving_workload import BenchRequest, workload_a, workload_b, write_model
 from quantgate_serve.config import ServerSettings
 from quantgate_serve.engine import Engine
 from quantgate_serve.native.decoder import PARTS, NativeDecoder
-from quantgate_serve.runner import Runner
+from quantgate_serve.native_runner import NativeRunner
 from quantgate_serve.scheduler import Scheduler
 
 AROUND, SAMPLING = "around the call", "sampling"
@@ -95,19 +95,19 @@ class Account:
         return result
 
     def decode(self, *arguments: Any) -> Any:
-        """NativeDecoder.forward: what decoder.c counted is taken out of it."""
-        _, ids, _, step, rows = arguments
-        self._shape = (len(ids), len(rows), bool((step.blocks[:, 1] == 1).all()))
+        """NativeDecoder.compute: what decoder.c counted is taken out of it."""
+        _, _, ids, chunks, _, rows = arguments
+        self._shape = (len(ids), len(rows), all(length == 1 for length in chunks[2::3]))
         spent = torch.zeros(len(PARTS), dtype=torch.int64)
         self._decoder.spent_ns = spent
-        result = self.timed(AROUND, _FORWARD)(*arguments)
+        result = self.timed(AROUND, _COMPUTE)(*arguments)
         seconds = (spent.double() / 1e9).tolist()
         self._now |= dict(zip(PARTS, seconds, strict=True))
         self._now[AROUND] -= sum(seconds)
         return result
 
 
-_STEP, _FORWARD = Engine.step, NativeDecoder.forward
+_STEP, _COMPUTE = Engine.step, NativeDecoder.compute
 
 
 def measure_account(engine: OwnEngine, requests: Sequence[BenchRequest], clock: Clock) -> Account:
@@ -129,7 +129,7 @@ def measure_account(engine: OwnEngine, requests: Sequence[BenchRequest], clock: 
 
 @contextmanager
 def _watched(account: Account) -> Iterator[None]:
-    def forward(*arguments: Any) -> Any:
+    def compute(*arguments: Any) -> Any:
         return account.decode(*arguments)
 
     def step(*arguments: Any) -> Any:
@@ -137,10 +137,10 @@ def _watched(account: Account) -> Iterator[None]:
 
     parts: list[tuple[Any, str, Any]] = [
         (Engine, "step", step),
-        (NativeDecoder, "forward", forward),
-        (Runner, "_choose", account.timed(SAMPLING, Runner._choose)),
-        (Runner, "_collect", account.timed(SAMPLING, Runner._collect)),
-        (Runner, "_forward", account.timed(INPUTS, Runner._forward)),
+        (NativeDecoder, "compute", compute),
+        (NativeRunner, "_send", account.timed(SAMPLING, NativeRunner._send)),
+        (NativeRunner, "_collect", account.timed(SAMPLING, NativeRunner._collect)),
+        (NativeRunner, "_forward", account.timed(INPUTS, NativeRunner._forward)),
         (Engine, "_schedule", account.timed(PLANNING, Engine._schedule)),
         (Scheduler, "commit", account.timed(PLANNING, Scheduler.commit)),
         (Scheduler, "finish", account.timed(PLANNING, Scheduler.finish)),

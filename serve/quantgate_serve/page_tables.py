@@ -35,6 +35,10 @@ class PageTables:
         self._free = [_Row(index, []) for index in reversed(range(num_rows))]
 
     def rows_of(self, requests: Sequence[Request]) -> NDArray[np.int64]:
+        """As indices_of(), for numpy."""
+        return np.array(self.indices_of(requests), dtype=np.int64)
+
+    def indices_of(self, requests: Sequence[Request]) -> list[int]:
         """The row of each of `requests`, up to date. Others may lose theirs until they are back."""
         known = self._rows
         indices = []
@@ -46,7 +50,7 @@ class PageTables:
             if row.pages is not pages or row.count != len(pages):
                 self._write(row, pages)
             indices.append(row.index)
-        return np.array(indices, dtype=np.int64)
+        return indices
 
     def _take(self, requests: Sequence[Request]) -> _Row:
         if not self._free:

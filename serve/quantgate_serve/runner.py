@@ -77,11 +77,7 @@ class Runner:
         self._hidden_states.expect(len(readout.embedded))
         logits = self._forward(readout, num_decodes)
         hidden = self._hidden_states.take() if readout.embedded else None
-        tokens = self._choose(readout, logits)
-        finite = all_finite(logits)
-        if hidden is not None:
-            finite = finite & all_finite(hidden)
-        arrive = download(tokens, finite)
+        arrive = self._send(readout, logits, hidden)
         return lambda: self._collect(readout, logits, hidden, arrive)
 
     def foresee(self, plan: Sequence[Chunk]) -> None:
@@ -90,6 +86,14 @@ class Runner:
     def erase(self, pages: Sequence[int]) -> None:
         """Forget what `pages` hold: their next owner reads the slots that it has not written."""
         self._kv.erase(pages)
+
+    def _send(self, readout: Readout, logits: Tensor, hidden: Tensor | None) -> Arrive:
+        """Choose the tokens, and send them to the host."""
+        tokens = self._choose(readout, logits)
+        finite = all_finite(logits)
+        if hidden is not None:
+            finite = finite & all_finite(hidden)
+        return download(tokens, finite)
 
     def _choose(self, readout: Readout, logits: Tensor) -> Tensor:
         return readout.choose(logits, self._constraints)
@@ -111,7 +115,7 @@ class Runner:
             readout.chunks, self._tables, num_decodes=num_decodes, page_size=self._kv.page_size
         )
         if self._kernels is None:
-            step: AttentionStep | NativeStep = self._torch_step(inputs)
+            step: AttentionStep | NativeStep = self._torch_step(inputs, readout)
         else:
             step = native_paged.build_step(
                 self._kernels,
@@ -119,9 +123,8 @@ class Runner:
                 inputs,
                 group=self._num_heads // self._kv.shape.num_kv_heads,
             )
-            self._count_pages(inputs, None)
-        # The head is never without a row.
-        rows = (readout.rows or [0]) + readout.embedded
+            self._count_pages(readout.chunks[:num_decodes], None)
+        rows = rows_to_compute(readout)
         input_ids = torch.from_numpy(inputs.ids).to(self._device)
         position_ids = torch.from_numpy(inputs.positions).to(self._device)
         rows_to_read = torch.tensor(rows).to(self._device)
@@ -129,18 +132,19 @@ class Runner:
             logits: Tensor = self._decoder(input_ids, position_ids, step, rows_to_read)
         return logits.float()
 
-    def _torch_step(self, inputs: StepInputs) -> AttentionStep:
+    def _torch_step(self, inputs: StepInputs, readout: Readout) -> AttentionStep:
         step = torch_step.build_step(
             self._kv, inputs, num_heads=self._num_heads, reads_in_place=self._reads_in_place
         )
         gathered = sum(len(group.page_rows) for group in step.decodes)
-        self._count_pages(inputs, gathered // self._kv.shape.num_kv_heads)
+        decodes = readout.chunks[: inputs.num_decodes]
+        self._count_pages(decodes, gathered // self._kv.shape.num_kv_heads)
         return step
 
-    def _count_pages(self, inputs: StepInputs, gathered: int | None) -> None:
-        """Count the pages that decodes need, and those that are read for them (None: these)."""
-        count = inputs.num_decodes
-        needed = int((inputs.starts[:count] // self._kv.page_size).sum()) + count
+    def _count_pages(self, decodes: Sequence[Chunk], gathered: int | None) -> None:
+        """Count the pages that `decodes` need, and those that are read for them (None: these)."""
+        size = self._kv.page_size
+        needed = sum([chunk.start // size for chunk in decodes]) + len(decodes)
         self.used_pages += needed
         self.padded_pages += needed if gathered is None else gathered
 
@@ -158,6 +162,12 @@ def order(plan: Sequence[Chunk]) -> tuple[list[Chunk], int]:
             others.append(chunk)
     decodes.sort(key=attrgetter("start"))
     return decodes + others, len(decodes)
+
+
+def rows_to_compute(readout: Readout) -> list[int]:
+    """Whose hidden states are needed: what the head reads, and behind it what is embedded."""
+    # The head is never without a row.
+    return (readout.rows or [0]) + readout.embedded
 
 
 def _add_hidden_sums(results: list[ChunkResult], hidden: Tensor) -> None:

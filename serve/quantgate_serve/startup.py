@@ -33,9 +33,11 @@ from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.loading import LoadedModel, UnsupportedModelError, choose_device, load
 from quantgate_serve.metrics import EngineGauges, EngineMetrics
 from quantgate_serve.model_cost import read_cost
+from quantgate_serve.native.decoder import NativeDecoder
 from quantgate_serve.native.int8 import find_int8_kernels
 from quantgate_serve.native.layer import LayerKernels, find_kernels
 from quantgate_serve.native.quantized import find_quantized_kernels
+from quantgate_serve.native_runner import NativeRunner
 from quantgate_serve.runner import Runner
 from quantgate_serve.scheduler import Scheduler, SchedulerLimits
 from quantgate_serve.step_meter import StepMeter
@@ -117,7 +119,7 @@ def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:
             loaded, storage, metrics, kernels, max_batch_size=settings.max_batch_size
         )
     else:
-        runner = Runner(loaded, storage, kernels=_kernels(loaded, settings))
+        runner = _cpu_runner(loaded, storage, settings)
     meter = StepMeter(
         metrics,
         runner.clock,
@@ -135,6 +137,12 @@ def build_engine(loaded: LoadedModel, settings: ServerSettings) -> Engine:
     )
     engine.update_gauges()
     return engine
+
+
+def _cpu_runner(loaded: LoadedModel, storage: KVStorage, settings: ServerSettings) -> Runner:
+    if isinstance(loaded.model, NativeDecoder):
+        return NativeRunner(loaded, storage, loaded.model)
+    return Runner(loaded, storage, kernels=_kernels(loaded, settings))
 
 
 def build_cuda_runner(

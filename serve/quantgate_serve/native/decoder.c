@@ -26,28 +26,34 @@ typedef struct {
     linear head;
 } decoder;
 
-/* `ids` are the tokens' rows of `embedding`, of which there are num_embeddings, `turns` those of cos
- * and sin, which have D / 2 angles each. Room to work in: hidden is [T, C], qkv [T, N + 2 K, D],
- * mixed [T, N, D], middle [T, intermediate size], normed [threads, T, C], with T the larger of
- * tokens and num_rows. */
+/* T tokens in chunks, one after another. A chunk is three numbers: the row of `table` with its
+ * sequence's pages, the position of its first token, and how many it has. `ids` are the tokens' rows
+ * of `embedding`; cos and sin have D / 2 angles in a row, for each position, or for each token. */
 typedef struct {
     const float *embedding;
     int64_t num_embeddings;
-    const int64_t *ids;
     const float *cos, *sin;
-    const int64_t *turns;
+    int64_t num_angles, are_by_token;
+    const int64_t *ids;
     int64_t tokens;
+    const int64_t *chunks;
+    int64_t num_chunks;
+    const int32_t *table;
+    int64_t table_width;
     const int64_t *rows;
     int64_t num_rows;
     float *const *keys, *const *values;
-    const int64_t *slots;
-    const int32_t *pages;
-    const block *blocks;
-    int64_t num_blocks;
-    float *hidden, *qkv, *mixed, *middle, *normed;
-    float *scratch; /* for codes: [T, largest number of inputs, in multiples of 128] */
-    float *read;    /* [num_rows, C]: the hidden states of `rows`; the result, where no logits are */
-    float *logits;  /* [num_rows, vocabulary]: the result, or null */
+    /* Room to work in, with T the larger of tokens and num_rows: [T, C], [T, N + 2 K, D], [T, N, D],
+     * [T, intermediate size], [threads, T, C]; for codes [T, largest number of inputs, in multiples
+     * of 128]; [T], [T] and [T]. */
+    float *hidden, *qkv, *mixed, *middle, *normed, *scratch;
+    int64_t *slots, *turns;
+    block *blocks;
+    /* The results: [num_rows, C], the hidden states of `rows` after the last norm, and, where logits
+     * are not null, instead of them [num_rows, vocabulary], each row's largest, the first of equals,
+     * and whether none is NaN and all of these are finite. */
+    float *read, *logits;
+    int64_t *best, is_finite;
 } step;
 
 /* What a step's nanoseconds are counted as, by the first thread. */
@@ -69,6 +75,30 @@ static void norm(const float *x, const float *weight, float *to, int64_t tokens,
         for (int64_t c = 0; c < width; c += LANES)
             store(to + c, load(x + c) * scale * load(weight + c));
     }
+}
+
+/* Slots, angles and blocks of the step's tokens; how many blocks, or the error. */
+enum { NO_EMBEDDING = -1, NO_ANGLES = -2 };
+static int64_t lay_out(const decoder *d, const step *s) {
+    const int64_t most = MAX_ROWS * d->kv_heads / d->num_heads;
+    /* Long chunks are cut, so that all threads share them. */
+    const int64_t size = most < 1 ? 1 : most < LANES ? most : LANES;
+    int64_t t = 0, count = 0;
+    for (int64_t c = 0; c < s->num_chunks; c++) {
+        const int64_t *chunk = s->chunks + 3 * c;
+        const int64_t pages = chunk[0] * s->table_width, first = chunk[1], length = chunk[2];
+        if (!s->are_by_token && first + length > s->num_angles) return NO_ANGLES;
+        for (int64_t i = 0; i < length; i += size) {
+            int64_t left = length - i;
+            s->blocks[count++] = (block){t + i, left < size ? left : size, first + i, pages};
+        }
+        for (int64_t p = first; p < first + length; p++, t++) {
+            s->slots[t] = (int64_t)s->table[pages + p / LANES] * LANES + p % LANES;
+            s->turns[t] = s->are_by_token ? t : p;
+            if (s->ids[t] < 0 || s->ids[t] >= s->num_embeddings) return NO_EMBEDDING;
+        }
+    }
+    return count;
 }
 
 static void embed(const decoder *d, const step *s) {
@@ -96,8 +126,28 @@ static void rotate_rows(const decoder *d, const step *s) {
     }
 }
 
-static void decode_part(const decoder *d, const step *s, int64_t thread, int64_t threads,
-                        int64_t *ns) {
+/* The largest of a row of logits, the first of equals. Gives whether it is finite and none is NaN. */
+static int find_best(const float *row, int64_t width, int64_t *best) {
+    vec high = load(row);
+    ints at = {0}, is_nan = high != high;
+    for (int64_t i = LANES; i < width; i += LANES) {
+        vec x = load(row + i);
+        ints more = x > high;
+        high = choose(more, x, high);
+        at = (at & ~more) | ((int32_t)i & more);
+        is_nan |= x != x;
+    }
+    int lane = 0, nans = is_nan[0];
+    for (int i = 1; i < LANES; i++) {
+        nans |= is_nan[i];
+        if (high[i] > high[lane] || (high[i] == high[lane] && at[i] < at[lane])) lane = i;
+    }
+    *best = at[lane] + lane;
+    return !nans && isfinite(high[lane]);
+}
+
+static void decode_part(const decoder *d, step *s, int64_t num_blocks, int64_t thread,
+                        int64_t threads, int64_t *ns) {
     const int64_t C = d->hidden, D = d->dim, mixed_width = d->num_heads * D;
     const int64_t stride = (d->num_heads + 2 * d->kv_heads) * D;
     float *normed = s->normed + thread * s->tokens * C;
@@ -127,7 +177,7 @@ static void decode_part(const decoder *d, const step *s, int64_t thread, int64_t
         rotate_rows(d, s);
         attention a = {s->qkv, s->qkv + mixed_width, s->qkv + mixed_width + d->kv_heads * D,
                        stride, s->mixed, s->tokens, d->num_heads, d->kv_heads, D,
-                       s->keys[i], s->values[i], s->slots, s->pages, s->blocks, s->num_blocks,
+                       s->keys[i], s->values[i], s->slots, s->table, s->blocks, num_blocks,
                        d->scale, threads};
         write_part(&a);
         COUNT(ROTATION)
@@ -156,6 +206,13 @@ static void decode_part(const decoder *d, const step *s, int64_t thread, int64_t
     if (s->logits) {
         norm(hidden, d->last_norm, normed, tokens, C, d->eps);
         linear_part(&d->head, normed, s->logits, tokens, STORE, thread, threads);
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t t = 0; t < tokens; t++)
+            if (!find_best(s->logits + t * d->head.width, d->head.width, s->best + t)) {
+#pragma omp atomic write
+                s->is_finite = 0;
+            }
     } else {
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++)
@@ -164,13 +221,13 @@ static void decode_part(const decoder *d, const step *s, int64_t thread, int64_t
     COUNT(LOGITS)
 }
 
-/* Logits of the step's `rows`, or their hidden states after the last norm in s->read. `ns` may be
- * null: where the time went, by part. Gives how many tokens were computed: none where an id has no
- * embedding. */
-int64_t decode(const decoder *d, const step *s, int64_t threads, int64_t *ns) {
-    for (int64_t t = 0; t < s->tokens; t++)
-        if (s->ids[t] < 0 || s->ids[t] >= s->num_embeddings) return 0;
+/* Computes a step. `ns` may be null: where the time went, by part. Gives 0, or which of what it was
+ * given was too small. */
+int64_t decode(const decoder *d, step *s, int64_t threads, int64_t *ns) {
+    int64_t num_blocks = lay_out(d, s);
+    if (num_blocks < 0) return num_blocks;
+    s->is_finite = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    decode_part(d, s, omp_get_thread_num(), omp_get_num_threads(), ns);
-    return s->tokens;
+    decode_part(d, s, num_blocks, omp_get_thread_num(), omp_get_num_threads(), ns);
+    return 0;
 }

@@ -4,15 +4,18 @@ Shapes: T tokens of the step, R rows to read, C hidden size, N query heads, K ke
 """
 
 import ctypes
-from collections.abc import Iterator
-from typing import Any
+from array import array
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from quantgate_serve import coded, huge_pages, linear
-from quantgate_serve.attention.native_paged import NativeStep
 from quantgate_serve.coded import CodedLinear, CodedProduct
+from quantgate_serve.finite import all_finite
 from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.native.layer import LANES, MAX_HEAD_DIM, MAX_ROWS, LayerKernels
 from quantgate_serve.native.linear import NativeLinear, alternate, can_multiply, packed_size, stack
@@ -22,8 +25,13 @@ from quantgate_serve.native.quantized import CHUNK
 PARTS = ("embedding", "Linears", "norms", "rotation and KV writes", "attention", "logits")
 # Products of weights and tokens below which one thread is faster than a team.
 _MIN_PRODUCTS = 1 << 20
-# Positions whose angles are computed at once, before more are needed.
-_FEW_ANGLES = 1023
+# Positions whose angles are computed before more are needed.
+_FEW_ANGLES = 1024
+# What decoder.c says of a step that it cannot compute.
+_NO_EMBEDDING, _NO_ANGLES = -1, -2
+
+# Of 64 bits: array("q", …).
+Integers: TypeAlias = "array[int]"
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -58,15 +66,35 @@ class _Step(ctypes.Structure):
     _fields_ = (
         ("embedding", _POINTER),
         ("num_embeddings", _INT),
-        *((name, _POINTER) for name in ("ids", "cos", "sin", "turns")),
+        *((name, _POINTER) for name in ("cos", "sin")),
+        *((name, _INT) for name in ("num_angles", "are_by_token")),
+        ("ids", _POINTER),
         ("tokens", _INT),
+        ("chunks", _POINTER),
+        ("num_chunks", _INT),
+        ("table", _POINTER),
+        ("table_width", _INT),
         ("rows", _POINTER),
         ("num_rows", _INT),
-        *((name, _POINTER) for name in ("keys", "values", "slots", "pages", "blocks")),
-        ("num_blocks", _INT),
+        *((name, _POINTER) for name in ("keys", "values")),
         *((name, _POINTER) for name in ("hidden", "qkv", "mixed", "middle", "normed", "scratch")),
-        *((name, _POINTER) for name in ("read", "logits")),
+        *((name, _POINTER) for name in ("slots", "turns", "blocks")),
+        *((name, _POINTER) for name in ("read", "logits", "best")),
+        ("is_finite", _INT),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What a step gave.
+
+    `logits` are [R, V]; `best` [R] is the largest of each row, the first of equals. `is_finite`
+    says that no logit is NaN and that each row's largest is finite.
+    """
+
+    logits: Tensor
+    best: list[int]
+    is_finite: bool
 
 
 class NativeDecoder(nn.Module):
@@ -95,6 +123,7 @@ class NativeDecoder(nn.Module):
         self._eps = float(base.norm.variance_epsilon)
         has_codes = any(isinstance(layer, _CodedLayer) for layer in self.layers)
         self._room = _Room(self.config, int(attention.head_dim), has_codes=has_codes)
+        head = _describe(self.lm_head) if isinstance(self.lm_head, NativeLinear) else _Linear()
         self._layers = (_Layer * len(layers))(*(layer.describe() for layer in layers))
         self._facts = _Decoder(
             ctypes.addressof(self._layers),
@@ -106,28 +135,37 @@ class NativeDecoder(nn.Module):
             self._eps,
             float(attention.scaling),
             self.norm.data_ptr(),
-            _describe(self.lm_head) if isinstance(self.lm_head, NativeLinear) else _Linear(),
+            head,
         )
         self._num_weights = sum(
             module.in_features * module.out_features
             for module in self.layers.modules()
             if isinstance(module, NativeLinear | CodedLinear)
         )
+        self._num_logits = int(head.width)
         self._kv: KVStorage | None = None
 
-    def forward(self, ids: Tensor, positions: Tensor, step: Any, rows: Tensor) -> Tensor:
-        """Logits [R, V] after the tokens `rows` of `ids` [T].
+    def compute(
+        self,
+        kv: KVStorage,
+        ids: Integers,
+        chunks: Integers,
+        table: NDArray[np.int32],
+        rows: Integers,
+    ) -> Computed:
+        """The logits after the tokens `rows` of `ids` [T].
+
+        Three numbers in `chunks` are a row of `table` [sequences, pages], the position of a chunk's
+        first token, and how many of the next tokens it has. All are of 64 bits but the table.
 
         Raises:
-            TypeError: `step` is not one of the native kernels.
             IndexError: an id has no embedding.
         """
-        if not isinstance(step, NativeStep):
-            raise TypeError(f"a NativeDecoder takes a NativeStep, not {type(step).__name__}")
-        if not _is_just(self.embed_tokens, nn.Embedding):
-            embedded = self.embed_tokens(ids)
-            return self._read(embedded, torch.arange(len(ids)), positions, step, rows)
-        return self._read(self.embed_tokens.weight, ids, positions, step, rows)
+        if _is_just(self.embed_tokens, nn.Embedding):
+            return self._compute(kv, self.embed_tokens.weight, ids, chunks, table, rows)
+        # One that is watched or of another kind is called, so that who watches it sees it.
+        embedded = self.embed_tokens(torch.tensor(ids))
+        return self._compute(kv, embedded, array("q", range(len(ids))), chunks, table, rows)
 
     def get_input_embeddings(self) -> nn.Module:
         module: nn.Module = self.embed_tokens
@@ -136,46 +174,57 @@ class NativeDecoder(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def _read(
-        self, embedding: Tensor, ids: Tensor, positions: Tensor, step: NativeStep, rows: Tensor
-    ) -> Tensor:
-        """Logits [R, V], each token's embedding being the row of `embedding` that `ids` has."""
+    def _compute(
+        self,
+        kv: KVStorage,
+        embedding: Tensor,
+        ids: Integers,
+        chunks: Integers,
+        table: NDArray[np.int32],
+        rows: Integers,
+    ) -> Computed:
+        """As compute(), each token's embedding being the row of `embedding` that `ids` has."""
         tokens, count = len(ids), len(rows)
         threads = torch.get_num_threads() if tokens * self._num_weights > _MIN_PRODUCTS else 1
-        cos, sin, turns = self._angles.of(positions)
-        keys, values = self._addresses(step.kv)
-        read = embedding.new_empty(count, embedding.shape[1])
-        # A head that is watched is called, so that who watches it sees it.
-        logits: Tensor | None = None
-        if isinstance(self.lm_head, NativeLinear) and _is_just(self.lm_head, NativeLinear):
-            logits = read.new_empty(count, self.lm_head.out_features)
+        keys, values = self._addresses(kv)
+        room = self._room.of(max(tokens, count), threads)
+        angles = self._angles.of(chunks)
+        # A head that is watched is called, too.
+        is_whole = _is_just(self.lm_head, NativeLinear)
+        read = torch.empty(count, self._room.hidden)
+        logits = torch.empty(count, self._num_logits if is_whole else 0)
+        best = array("q", bytes(8 * count))
         facts = _Step(
             embedding.data_ptr(),
             len(embedding),
-            ids.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            turns.data_ptr(),
+            *angles,
+            _address(ids),
             tokens,
-            rows.data_ptr(),
+            _address(chunks),
+            len(chunks) // 3,
+            table.ctypes.data,
+            table.shape[1],
+            _address(rows),
             count,
             ctypes.addressof(keys),
             ctypes.addressof(values),
-            step.slots.data_ptr(),
-            step.pages.data_ptr(),
-            step.blocks.data_ptr(),
-            len(step.blocks),
-            *self._room.of(max(tokens, count), threads),
+            *room,
             read.data_ptr(),
-            None if logits is None else logits.data_ptr(),
+            logits.data_ptr() if is_whole else None,
+            _address(best),
         )
         spent = None if self.spent_ns is None else self.spent_ns.data_ptr()
-        described = ctypes.addressof(self._facts), ctypes.addressof(facts)
-        if self._kernels.decode(*described, threads, spent) != tokens:
+        described = ctypes.addressof(self._facts), ctypes.addressof(facts), threads, spent
+        error = self._kernels.decode(*described)
+        while error == _NO_ANGLES:
+            facts.cos, facts.sin, facts.num_angles = self._angles.more()
+            error = self._kernels.decode(*described)
+        if error == _NO_EMBEDDING:
             raise IndexError(f"of {tokens} ids one is not among the {len(embedding)} embeddings")
-        if logits is None:
-            logits = self.lm_head(read)
-        return logits
+        if is_whole:
+            return Computed(logits, best.tolist(), bool(facts.is_finite))
+        logits = self.lm_head(read)
+        return Computed(logits, logits.argmax(dim=-1).tolist(), bool(all_finite(logits)))
 
     def _addresses(self, kv: KVStorage) -> tuple[Any, Any]:
         """Where the keys and values of each layer lie; kept as long as the storage is the same."""
@@ -193,23 +242,31 @@ class _Angles:
     def __init__(self, rotary: Any) -> None:
         self._rotary = rotary
         # These turn a token otherwise when a longer sequence is beside it.
-        self._is_fixed = "dynamic" not in rotary.rope_type and rotary.rope_type != "longrope"
+        self._are_by_token = "dynamic" in rotary.rope_type or rotary.rope_type == "longrope"
         self._cos = self._sin = torch.empty(0)
 
-    def of(self, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """cos and sin, both of D / 2 columns, and the row of each of `positions` [T] in them."""
-        if not self._is_fixed:
-            return *self._compute(positions), torch.arange(len(positions))
-        count = int(positions.max()) + 1
-        if count > len(self._cos):
-            enough = 1 << max(_FEW_ANGLES, count - 1).bit_length()
-            self._cos, self._sin = self._compute(torch.arange(enough))
-        return self._cos, self._sin, positions
+    def of(self, chunks: Integers) -> tuple[int, int, int, bool]:
+        """Addresses of cos and sin, how many rows they have, and whether those are by token.
 
-    def _compute(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        Else they are by position, and perhaps too few of them.
+        """
+        if self._are_by_token:
+            pieces = zip(chunks[1::3], chunks[2::3], strict=True)
+            self._compute(torch.cat([torch.arange(at, at + length) for at, length in pieces]))
+        return *self._described(), self._are_by_token
+
+    def more(self) -> tuple[int, int, int]:
+        """Twice as many positions: where they are now, and how many."""
+        self._compute(torch.arange(max(_FEW_ANGLES, 2 * len(self._cos))))
+        return self._described()
+
+    def _described(self) -> tuple[int, int, int]:
+        return self._cos.data_ptr(), self._sin.data_ptr(), len(self._cos)
+
+    def _compute(self, positions: Tensor) -> None:
         cos, sin = self._rotary(torch.empty(0), positions.unsqueeze(0))
         half = cos.shape[-1] // 2
-        return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        self._cos, self._sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
 
 class _NativeLayer(nn.Module):
@@ -277,10 +334,10 @@ class _Room:
         widest = max(self.num_heads * head_dim, self.hidden, self._middle)
         self._scratch = -(-widest // CHUNK) * CHUNK if has_codes else 0
         self._size = (0, 0)
-        self._tensors: tuple[Tensor, ...] = ()
+        self._addresses: list[int] = []
 
-    def of(self, tokens: int, threads: int) -> Iterator[int]:
-        """Addresses of hidden, qkv, mixed, middle, normed and scratch, as large as is asked."""
+    def of(self, tokens: int, threads: int) -> list[int]:
+        """Addresses of hidden, qkv, mixed, middle, normed, scratch, slots, turns and blocks."""
         if tokens > self._size[0] or threads > self._size[1]:
             self._size = (max(tokens, self._size[0]), max(threads, self._size[1]))
             tokens, threads = self._size
@@ -292,8 +349,11 @@ class _Room:
                 threads * self.hidden,
                 self._scratch,
             )
-            self._tensors = tuple(torch.empty(tokens * width) for width in widths)
-        return (tensor.data_ptr() for tensor in self._tensors)
+            self._tensors = [torch.empty(tokens * width) for width in widths]
+            # A slot, a turn, and a block of four numbers of 32 bits.
+            self._tensors += [torch.empty(tokens * n, dtype=torch.int64) for n in (1, 1, 2)]
+            self._addresses = [tensor.data_ptr() for tensor in self._tensors]
+        return self._addresses
 
 
 def can_decode(model: Any) -> bool:
@@ -355,6 +415,10 @@ def _head(head: nn.Linear, kernels: LayerKernels) -> nn.Module:
     if linear.is_plain(head) and can_multiply(head.weight):
         return NativeLinear(*_parts(head), kernels)
     return linear.prepare(head)
+
+
+def _address(numbers: Integers) -> int:
+    return numbers.buffer_info()[0]
 
 
 def _is_just(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -10,7 +10,6 @@
 #include "layer.h"
 
 #define TILE 256     /* tokens whose scores are held at once */
-#define MAX_ROWS 32  /* query rows that share what is read of a tile; layer.py knows it, too */
 #define MAX_DIM 256  /* layer.py knows it, too */
 /* Below so much work one thread is faster: a team costs some microseconds, and far more where the
  * other core is busy. Channels of a norm or rotation; pairs of query and key, each of all heads. */

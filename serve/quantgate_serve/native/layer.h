@@ -5,6 +5,8 @@
 #define LANES 16 /* of a vector; tokens of a page */
 #include "vectors.h"
 
+#define MAX_ROWS 32 /* query rows that share what is read of a tile; layer.py knows it, too */
+
 /* Tokens `token` to `token + count` of the step, `first` being the position of the first one of
  * them. The pages of their sequence begin at `pages` in the list of all. count * G <= MAX_ROWS. */
 typedef struct {

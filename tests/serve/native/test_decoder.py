@@ -1,27 +1,25 @@
 """Layers in C give the logits of the model's own forward, each row whatever is beside it."""
 
 import shutil
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from torch import Tensor
 
 from quantgate_serve import offline
-from quantgate_serve.attention.native_paged import NativeStep, build_step
 from quantgate_serve.decoder import ShortDecoder, build_decoder
+from quantgate_serve.finite import all_finite
 from quantgate_serve.kv.pool import PAGE_SIZE
 from quantgate_serve.kv.storage import KVStorage
-from quantgate_serve.native.decoder import PARTS, NativeDecoder, can_decode
+from quantgate_serve.native.decoder import PARTS, Computed, NativeDecoder, can_decode
 from quantgate_serve.native.layer import find_kernels
 from quantgate_serve.native.linear import NativeLinear
-from quantgate_serve.page_tables import PageTables
-from quantgate_serve.request import Request, SamplingParams
-from quantgate_serve.scheduler import Chunk
-from quantgate_serve.step_inputs import build_inputs
 
 pytestmark = pytest.mark.skipif(
     shutil.which("cc") is None or torch.backends.cpu.get_cpu_capability() != "AVX512",
@@ -56,39 +54,44 @@ class Case:
         self.weight_bytes = loaded.weight_bytes
         kernels = find_kernels()
         assert kernels is not None
-        self.kernels = kernels
         decoder = build_decoder(loaded.model, pytest.fail, kernels)
         assert isinstance(decoder, NativeDecoder)
         self.decoder = decoder
         device = torch.device("cpu")
         self.kv = KVStorage(loaded.kv_shape, num_pages=8, page_size=PAGE_SIZE, device=device)
-        config = loaded.model.config
-        self.group = config.num_attention_heads // config.num_key_value_heads
 
-    def step(self, pages: list[list[int]], starts: list[int], lengths: list[int]) -> NativeStep:
-        """The step over the next `lengths` tokens of sequences in `pages`; ids are not read."""
-        chunks = []
-        for held, start, length in zip(pages, starts, lengths, strict=True):
-            request = Request([2] * (start + length), SamplingParams())
-            request.pages = held
-            chunks.append(Chunk(request, start, length))
-        tables = PageTables(width=8, null_page=8)
-        inputs = build_inputs(chunks, tables, num_decodes=0, page_size=PAGE_SIZE)
-        return build_step(self.kernels, self.kv, inputs, group=self.group)
+    def compute(
+        self,
+        ids: Sequence[int],
+        rows: Sequence[int],
+        *,
+        pages: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        lengths: Sequence[int],
+    ) -> Computed:
+        """The step over `ids`: the next `lengths` tokens of sequences in `pages`."""
+        table = np.full((len(pages), 8), 8, dtype=np.int32)
+        chunks = array("q")
+        for index, (held, start, length) in enumerate(zip(pages, starts, lengths, strict=True)):
+            table[index, : len(held)] = held
+            chunks.extend((index, start, length))
+        return self.decoder.compute(self.kv, array("q", ids), chunks, table, array("q", rows))
 
     def run(self, start: int, end: int, rows: Sequence[int], *, threads: int = 1) -> Tensor:
         """Logits of `rows` of the step that computes IDS[start:end] in pages 2, 0, 1."""
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            return self.decoder(
-                torch.tensor(IDS[start:end]),
-                torch.arange(start, end),
-                self.step([[2, 0, 1]], [start], [end - start]),
-                torch.tensor(rows),
+            found = self.compute(
+                IDS[start:end], rows, pages=[[2, 0, 1]], starts=[start], lengths=[end - start]
             )
         finally:
             torch.set_num_threads(before)
+        return found.logits
+
+    def begin(self, ids: Sequence[int]) -> Computed:
+        """The step over all of a sequence of 16 tokens at most, read at its last."""
+        return self.compute(ids, [len(ids) - 1], pages=[[0]], starts=[0], lengths=[len(ids)])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -131,10 +134,9 @@ def test_a_prompt_in_pieces_and_a_token_at_a_time_give_the_same_bits(
 def test_batch_mates_change_no_bit(make_case: Callable[[str], Case]) -> None:
     case = make_case("llama")
     alone = case.run(0, 40, [39])
-    step = case.step([[5], [2, 0, 1], [6, 7]], [0, 39, 0], [9, 1, 20])
     ids = [*range(60, 69), IDS[39], *range(80, 100)]
-    positions = [*range(9), 39, *range(20)]
-    found = case.decoder(torch.tensor(ids), torch.tensor(positions), step, torch.tensor([8, 9, 29]))
+    pages = [[5], [2, 0, 1], [6, 7]]
+    found = case.compute(ids, [8, 9, 29], pages=pages, starts=[0, 39, 0], lengths=[9, 1, 20]).logits
     assert torch.equal(found[1], alone[0])
 
 
@@ -159,12 +161,6 @@ def test_what_the_time_is_spent_on_is_counted_where_asked(make_case: Callable[[s
     case.decoder.spent_ns = torch.zeros(len(PARTS), dtype=torch.int64)
     case.run(0, 40, [39])
     assert bool((case.decoder.spent_ns > 0).all())
-
-
-def test_another_kind_of_step_is_refused(make_case: Callable[[str], Case]) -> None:
-    case = make_case("llama")
-    with pytest.raises(TypeError, match="takes a NativeStep, not object"):
-        case.decoder(torch.tensor([1]), torch.tensor([0]), object(), torch.tensor([0]))
 
 
 @pytest.mark.parametrize(
@@ -194,50 +190,93 @@ def test_an_id_without_an_embedding_is_refused(make_case: Callable[[str], Case])
     last = case.decoder.config.vocab_size - 1
     for bad in (-1, last + 1):
         with pytest.raises(IndexError, match="of 3 ids one is not among"):
-            _next_logits(case, [5, bad, 6])
-    assert len(_next_logits(case, [5, last, 0])) == 1
+            case.begin([5, bad, 6])
+    assert len(case.begin([5, last, 0]).best) == 1
 
 
 def test_an_embedding_or_a_head_that_is_watched_is_called(
     make_case: Callable[[str], Case],
 ) -> None:
     case = make_case("llama")
-    expected = _next_logits(case, [5, 6, 7])
+    expected = case.begin([5, 6, 7])
     seen: list[str] = []
     for name in ("embed_tokens", "lm_head"):
         case.decoder.get_submodule(name).register_forward_hook(
             lambda *_, name=name: seen.append(name)
         )
-    found = _next_logits(case, [5, 6, 7])
-    assert torch.equal(found, expected)
+    found = case.begin([5, 6, 7])
+    assert torch.equal(found.logits, expected.logits)
+    assert (found.best, found.is_finite) == (expected.best, True)
     assert seen == ["embed_tokens", "lm_head"]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_best_is_the_largest_of_each_row_the_first_of_equals(
+    threads: int, make_case: Callable[[str], Case]
+) -> None:
+    case = make_case("llama")
+    head = case.decoder.lm_head
+    weight = head.weight
+    before = weight.clone()
+    # Outputs 33 and 97 are equal: the same place in the second and in the fourth panel.
+    panels = weight.view(-1, head.in_features, 32)
+    panels[3, :, 1] = panels[1, :, 1]
+    torch.set_num_threads(threads)
+    for scale in (1.0, 100.0, -100.0):
+        panels[1, :, 1] = scale * before.view_as(panels)[1, :, 1]
+        panels[3, :, 1] = panels[1, :, 1]
+        found = case.compute(IDS, range(40), pages=[[2, 0, 1]], starts=[0], lengths=[40])
+        assert found.best == found.logits.numpy().argmax(axis=-1).tolist()
+        assert found.is_finite
+    torch.set_num_threads(1)
+    assert 33 in found.best
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("output", [0, 5, 17, 383])
+def test_logits_that_are_no_numbers_are_told(
+    bad: float, output: int, make_case: Callable[[str], Case]
+) -> None:
+    case = make_case("biased_llama")
+    head = case.decoder.lm_head
+    panel = head.weight.view(-1, head.in_features, 32)[output // 32, :, output % 32]
+    panel.fill_(0.0)
+    assert case.begin([5, 6]).is_finite
+    panel[0] = bad
+    # A weight of infinity gives infinity of one sign or the other, or NaN of both.
+    found = case.begin([5, 6])
+    expected = all_finite(found.logits)
+    assert found.is_finite == bool(expected)
+    assert not torch.isfinite(found.logits[0, output])
 
 
 @pytest.mark.parametrize("position", [0, 1023, 1024, 5000])
 def test_angles_of_a_position_are_the_model_s_own(
     position: int, make_case: Callable[[str], Case]
 ) -> None:
-    case = make_case("scaled_llama")
-    cos, sin, turns = case.decoder._angles.of(torch.tensor([3, position]))
-    expected = case.decoder.rotary(torch.empty(0), torch.tensor([[3, position]]))
-    half = cos.shape[1]
-    for found, wanted in zip((cos, sin), expected, strict=True):
-        assert torch.allclose(found[turns], wanted[0, :, :half], atol=1e-6)
+    angles = make_case("scaled_llama").decoder._angles
+    while len(angles._cos) <= position:
+        angles.more()
+    expected = angles._rotary(torch.empty(0), torch.tensor([[position]]))
+    for found, wanted in zip((angles._cos, angles._sin), expected, strict=True):
+        assert torch.allclose(found[position], wanted[0, 0, : found.shape[1]], atol=1e-6)
+
+
+def test_a_position_beyond_the_angles_so_far_gets_its_own(
+    make_case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantgate_serve.native.decoder._FEW_ANGLES", 3)
+    case = make_case("llama")
+    assert torch.allclose(case.run(0, 40, [39]), case.expected[[39]], atol=1e-4)
+    assert len(case.decoder._angles._cos) == 48
 
 
 def test_angles_that_depend_on_the_longest_sequence_are_computed_in_each_step(
     make_case: Callable[[str], Case],
 ) -> None:
-    case = make_case("dynamic_llama")
-    angles = case.decoder._angles
-    alone = angles.of(torch.tensor([3]))
-    beside_a_long_one = angles.of(torch.tensor([3, 4000]))
-    assert alone[2].tolist() == [0]
-    assert beside_a_long_one[2].tolist() == [0, 1]
-    assert not torch.allclose(alone[0][0], beside_a_long_one[0][0])
-
-
-def _next_logits(case: Case, ids: list[int]) -> Tensor:
-    count = len(ids)
-    step = case.step([[0]], [0], [count])
-    return case.decoder(torch.tensor(ids), torch.arange(count), step, torch.tensor([count - 1]))
+    angles = make_case("dynamic_llama").decoder._angles
+    *_, count, are_by_token = angles.of(array("q", [0, 3, 1]))
+    alone = angles._cos[0].clone()
+    assert (count, are_by_token) == (1, True)
+    assert angles.of(array("q", [0, 3, 1, 1, 4000, 2]))[2] == 3
+    assert not torch.allclose(alone, angles._cos[0])

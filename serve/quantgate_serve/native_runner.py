@@ -1,0 +1,61 @@
+"""Steps of a model that native/decoder.py computes: few and small calls between its calls.
+
+A step reads all weights, which pushes everything else out of the caches. So what the host does
+between two of them waits for memory, the code of each library call included: a call of torch takes
+up to 70 us there that takes 5 in a loop. Hence lists of integers, and one call for the rest.
+"""
+
+from array import array
+
+from torch import Tensor
+
+from quantgate_serve.finite import all_finite
+from quantgate_serve.kv.storage import KVStorage
+from quantgate_serve.loading import LoadedModel
+from quantgate_serve.native.decoder import Computed, NativeDecoder
+from quantgate_serve.readout import Readout
+from quantgate_serve.runner import Runner, rows_to_compute
+from quantgate_serve.staging import Arrive
+
+
+class NativeRunner(Runner):
+    """Computes steps on a CPU, from ids to tokens in one call wherever those are greedy."""
+
+    def __init__(self, loaded: LoadedModel, kv: KVStorage, decoder: NativeDecoder) -> None:
+        """`decoder` is the model of `loaded`."""
+        super().__init__(loaded, kv)
+        self._native = decoder
+        self._computed: Computed | None = None
+
+    def _forward(self, readout: Readout, num_decodes: int) -> Tensor:
+        chunks = readout.chunks
+        indices = self._tables.indices_of([chunk.request for chunk in chunks])
+        ids, described = array("q"), array("q")
+        for chunk, index in zip(chunks, indices, strict=True):
+            start, length = chunk.start, chunk.length
+            known = chunk.request.token_ids
+            if length == 1:
+                ids.append(known[start])
+            else:
+                ids.extend(known[start : start + length])
+            described.extend((index, start, length))
+        rows = array("q", rows_to_compute(readout))
+        self._count_pages(chunks[:num_decodes], None)
+        with self.clock:
+            self._computed = self._native.compute(
+                self._kv, ids, described, self._tables.pages, rows
+            )
+        return self._computed.logits
+
+    def _send(self, readout: Readout, logits: Tensor, hidden: Tensor | None) -> Arrive:
+        computed = self._computed
+        # Another `logits` where somebody stands between the two, as a test may.
+        if computed is None or computed.logits is not logits:
+            return super()._send(readout, logits, hidden)
+        is_finite = computed.is_finite and (hidden is None or bool(all_finite(hidden)))
+        best = computed.best
+        if all(r.params.is_greedy and r.params.grammar is None for r in readout.sampled):
+            tokens = [best[row] for row in readout.sampled_at]
+        else:
+            tokens = self._choose(readout, logits).tolist()
+        return lambda: (tokens, is_finite)

@@ -1,0 +1,64 @@
+"""Steps in one call of C give each request what it gets alone, however its tokens are chosen."""
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from quantgate_serve.engine import Engine
+from quantgate_serve.native_runner import NativeRunner
+from quantgate_serve.request import Request
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("cc") is None or torch.backends.cpu.get_cpu_capability() != "AVX512",
+    reason="no C compiler or no AVX-512 here",
+)
+MakeEngine = Callable[..., Engine]
+MakeRequest = Callable[..., Request]
+RunAll = Callable[..., Any]
+
+ASKED: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "drawn": {"temperature": 0.8, "seed": 3},
+    "cut": {"temperature": 1.2, "top_k": 5, "seed": 4},
+    "scored": {"num_logprobs": 2},
+    "prompt": {"prompt_logprobs": True, "num_logprobs": 1},
+}
+
+
+def test_each_request_of_a_mixed_batch_gets_what_it_gets_alone(
+    make_engine: MakeEngine, make_request: MakeRequest, run_all: RunAll
+) -> None:
+    def make(name: str) -> Request:
+        return make_request([5, 6, 7, len(name)], max_tokens=6, **ASKED[name])
+
+    engine = make_engine(prefix_cache=False)
+    assert isinstance(engine._runner, NativeRunner)
+    together = [make(name) for name in ASKED]
+    run_all(engine, together)
+    for name, request in zip(ASKED, together, strict=True):
+        alone = make(name)
+        run_all(make_engine(prefix_cache=False), [alone])
+        assert request.output_ids == alone.output_ids, name
+        assert request.logprobs == alone.logprobs, name
+        assert request.prompt_logprobs == alone.prompt_logprobs, name
+
+
+def test_tokens_follow_the_logits_that_the_runner_is_given(
+    make_engine: MakeEngine, make_request: MakeRequest, run_all: RunAll
+) -> None:
+    engine = make_engine(prefix_cache=False)
+    runner: Any = engine._runner
+    compute = runner._forward
+
+    def prefer_nine(*arguments: Any) -> torch.Tensor:
+        logits: torch.Tensor = compute(*arguments).clone()
+        logits[:, 9] = 1e6
+        return logits
+
+    runner._forward = prefer_nine
+    request = make_request([5, 6], max_tokens=3, ignore_eos=True)
+    run_all(engine, [request])
+    assert request.output_ids == [9, 9, 9]
