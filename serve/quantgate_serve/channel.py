@@ -15,6 +15,7 @@ import socket
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any, Self
 
 from quantgate_serve.admission import AdmissionLimits
@@ -30,6 +31,9 @@ _FRONT_ONLY = ("listener", "text", "tokenized_ns", "queued_ns", "operation", "tr
 _ENGINE_ONLY = ("token_ids", "pages", "num_computed", "logprobs", "prompt_logprobs", "hidden_sum")
 ASKED = tuple(f.name for f in fields(Request) if f.init and f.name not in _FRONT_ONLY)
 PROGRESS = tuple(f.name for f in fields(Request) if not f.init and f.name not in _ENGINE_ONLY)
+
+_asked = attrgetter(*ASKED)
+_progress = attrgetter(*PROGRESS)
 
 Logprob = tuple[int, float, tuple[tuple[int, float], ...], tuple[float, ...]]
 
@@ -147,7 +151,8 @@ Message = Start | Submit | Abort | Stop | Refused | Loaded | Warm | StepReport |
 
 def asked(request: Request) -> tuple[Any, ...]:
     """What the engine needs of `request`."""
-    return tuple(getattr(request, name) for name in ASKED)
+    values: tuple[Any, ...] = _asked(request)
+    return values
 
 
 def request_of(values: tuple[Any, ...]) -> Request:
@@ -156,7 +161,8 @@ def request_of(values: tuple[Any, ...]) -> Request:
 
 
 def progress(request: Request) -> tuple[Any, ...]:
-    return tuple(getattr(request, name) for name in PROGRESS)
+    values: tuple[Any, ...] = _progress(request)
+    return values
 
 
 def set_progress(request: Request, values: tuple[Any, ...]) -> None:

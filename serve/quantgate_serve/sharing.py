@@ -169,7 +169,7 @@ class Sharing:
 
     def _answer_key(self, request: Request) -> AnswerKey | None:
         params = request.params
-        if not params.is_greedy:
+        if not params.is_greedy or not (self._coalesces or self._cache_of(request).is_on):
             return None
         # What a greedy choice does not look at.
         neutral = replace(params, seed=0, temperature=0.0, top_p=1.0, top_k=0)

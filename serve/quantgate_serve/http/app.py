@@ -19,16 +19,26 @@ from quantgate_serve.http.embeddings import embeddings
 from quantgate_serve.http.errors import ApiError
 from quantgate_serve.http.request_id import RequestIds
 from quantgate_serve.http.service import Service
+from quantgate_serve.http.shortcut import Answer, Shortcut
 
 ErrorForm = Callable[[HttpRequest, Exception], Awaitable[Response]]
 
 
 def build_app(service: Service) -> Starlette:
     """The ASGI application over `service`."""
+    answers = {
+        "/v1/completions": _route(service, completions),
+        "/v1/chat/completions": _route(service, chat_completions),
+        "/v1/embeddings": _route(service, embeddings),
+    }
     app = Starlette(
-        # The API first: a path is compared with one route after another.
-        routes=[*_api(service), *_probes(service)],
-        middleware=[Middleware(RequestIds)],
+        routes=[
+            # For other methods than the shortcut's.
+            *(Route(path, answer, methods=["POST"]) for path, answer in answers.items()),
+            *_models(service),
+            *_probes(service),
+        ],
+        middleware=[Middleware(RequestIds), Middleware(Shortcut, answers=answers)],
         exception_handlers=_error_forms(),
     )
     # A redirect to a path without the slash would name the host that the client claims to ask.
@@ -78,7 +88,7 @@ def _probes(service: Service) -> list[BaseRoute]:
     ]
 
 
-def _api(service: Service) -> list[BaseRoute]:
+def _models(service: Service) -> list[BaseRoute]:
     async def models(http: HttpRequest) -> Response:
         service.tenant(http)
         return JSONResponse({"object": "list", "data": [_model_card(service)]})
@@ -89,9 +99,6 @@ def _api(service: Service) -> list[BaseRoute]:
         return JSONResponse(_model_card(service))
 
     return [
-        Route("/v1/completions", _route(service, completions), methods=["POST"]),
-        Route("/v1/chat/completions", _route(service, chat_completions), methods=["POST"]),
-        Route("/v1/embeddings", _route(service, embeddings), methods=["POST"]),
         Route("/v1/models", models),
         Route("/v1/models/{name:path}", model),
     ]
@@ -99,7 +106,7 @@ def _api(service: Service) -> list[BaseRoute]:
 
 def _route(
     service: Service, answer: Callable[[Service, HttpRequest], Awaitable[Response]]
-) -> Callable[[HttpRequest], Awaitable[Response]]:
+) -> Answer:
     async def route(http: HttpRequest) -> Response:
         return await answer(service, http)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request as HttpRequest
-from starlette.types import Receive
+from starlette.types import Scope
 
 from quantgate_serve.admission import (
     QueueFullError,
@@ -18,6 +18,7 @@ from quantgate_serve.admission import (
 )
 from quantgate_serve.client import EngineStoppedError
 from quantgate_serve.http.errors import ApiError
+from quantgate_serve.http.turn import LEAVING
 from quantgate_serve.request import Delta, Request
 from quantgate_serve.sharing import Sharing
 
@@ -91,7 +92,7 @@ async def complete(engine: Sharing, requests: Sequence[Request], http: HttpReque
         request.listener = inbox.put
     submit(engine, requests)
     try:
-        with closing_with(http.receive, inbox):
+        with closing_with(http.scope, inbox):
             while missing:
                 missing -= sum(delta.is_last for delta in await inbox.take())
     finally:
@@ -117,14 +118,14 @@ def open_stream(engine: Sharing, requests: Sequence[Request]) -> Inbox:
 
 
 @contextmanager
-def closing_with(receive: Receive, inbox: Inbox) -> Iterator[None]:
+def closing_with(scope: Scope, inbox: Inbox) -> Iterator[None]:
     """While the block runs, close `inbox` when the client has closed its connection."""
-    gone = asyncio.ensure_future(_until_disconnected(receive))
-    gone.add_done_callback(lambda _: inbox.close())
+    watch = scope["extensions"][LEAVING]
+    watch(inbox.close)
     try:
         yield
     finally:
-        gone.cancel()
+        watch(None)
 
 
 def submit(engine: Sharing, requests: Sequence[Request]) -> None:
@@ -145,10 +146,3 @@ def submit(engine: Sharing, requests: Sequence[Request]) -> None:
 
 def api_error(error: "RequestError") -> ApiError:
     return ApiError(_STATUS_OF.get(error.code, 500), error.message, code=error.code)
-
-
-async def _until_disconnected(receive: Receive) -> None:
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return

@@ -17,6 +17,7 @@ from quantgate_serve.detokenize import TextStream
 from quantgate_serve.exposition import Exposition
 from quantgate_serve.http import responses
 from quantgate_serve.http.errors import ApiError, invalid
+from quantgate_serve.http.exchange import ClientGoneError
 from quantgate_serve.http.prompts import MAX_PROMPTS, Prompts, check_token_ids, encode_texts
 from quantgate_serve.http.protocol import (
     Body,
@@ -259,19 +260,26 @@ class Service:
         )
 
     async def _read(self, http: HttpRequest) -> bytes:
-        """The body, refused with a 413 as soon as it is too large, with a 408 if it is slow."""
+        """The body, refused with a 413 as soon as it is too large, with a 408 if it is slow.
+
+        Raises:
+            ApiError: refused.
+            ClientGoneError: the client left before it had sent all of it.
+        """
         limit = self.limits.max_body_bytes
         declared = http.headers.get("content-length", "0")
         size = int(declared) if declared.isdecimal() and len(declared) < 20 else 0
         body = bytearray()
         try:
             async with asyncio.timeout(self.limits.body_timeout_s):
-                if size <= limit:
-                    async for part in http.stream():
-                        body += part
-                        size = len(body)
-                        if size > limit:
-                            break
+                more = True
+                while more and size <= limit:
+                    message = await http.receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGoneError
+                    body += message["body"]
+                    size = max(size, len(body))
+                    more = message["more_body"]
         except TimeoutError as error:
             raise ApiError(
                 408,

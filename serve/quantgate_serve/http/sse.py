@@ -153,7 +153,7 @@ class EventStream(Response):
             # Who has left hears no more; there is nobody to tell an error either.
             with (
                 contextlib.suppress(exchange.ClientGoneError),
-                exchange.closing_with(receive, self._inbox),
+                exchange.closing_with(scope, self._inbox),
             ):
                 await send(
                     {

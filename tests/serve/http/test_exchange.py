@@ -1,10 +1,12 @@
 """What waits for a client's task between two of its turns."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from quantgate_serve.http.exchange import ClientGoneError, Inbox, closing_with
+from quantgate_serve.http.turn import LEAVING
 from quantgate_serve.request import Delta, Request, SamplingParams
 
 
@@ -41,23 +43,19 @@ def test_what_came_before_anybody_waited_is_not_lost_nor_told_twice() -> None:
 @pytest.mark.parametrize("leaves_first", [False, True])
 def test_a_client_that_leaves_ends_the_wait(leaves_first: bool) -> None:
     async def run() -> None:
-        inbox, left = Inbox(), asyncio.Event()
-
-        async def receive() -> dict[str, str]:
-            await left.wait()
-            return {"type": "http.disconnect"}
-
-        with closing_with(receive, inbox):
+        inbox = Inbox()
+        watching: list[Any] = []
+        with closing_with({"extensions": {LEAVING: watching.append}}, inbox):
+            (leave,) = watching
             if leaves_first:
-                left.set()
-                for _ in range(3):
-                    await asyncio.sleep(0)
+                leave()
                 inbox.put(delta(1))  # nobody is there to hear it
             taking = asyncio.ensure_future(inbox.take())
             await asyncio.sleep(0)
-            left.set()
+            leave()
             with pytest.raises(ClientGoneError):
                 await asyncio.wait_for(taking, 5)
+        assert watching[1:] == [None]
 
     asyncio.run(run())
 

@@ -59,10 +59,11 @@ def test_a_deadline_is_a_504_and_frees_the_seat(shop: Shop) -> None:
 
 def test_an_interactive_request_goes_before_bulk_that_runs_and_bulk_that_waits(shop: Shop) -> None:
     before = shop.total("num_preemptions_total")
-    with ThreadPoolExecutor(4) as pool:
+    # Enough of them that some still run when a wait has been noticed, up to 0.1 s late.
+    with ThreadPoolExecutor(8) as pool:
         bulk = [
             pool.submit(shop.ask, shop.first, priority="bulk", max_tokens=200, prompt=[n + 2] * 8)
-            for n in range(3)
+            for n in range(8)
         ]
         while not shop.total("num_requests_waiting"):
             pass
@@ -71,7 +72,7 @@ def test_an_interactive_request_goes_before_bulk_that_runs_and_bulk_that_waits(s
         answers = [future.result() for future in bulk]
     assert urgent.status_code == 200
     assert shop.total("num_preemptions_total") > before
-    assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [200] * 3
+    assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [200] * 8
 
 
 def test_prefixes_are_reused_inside_a_tenant_and_never_across(shop: Shop) -> None:
