@@ -22,18 +22,8 @@ from typing import Any
 
 import torch
 import transformers
-from gpu_arms import (
-    SCHEMES,
-    TINY,
-    Load,
-    NotMeasured,
-    OwnRun,
-    Peers,
-    SkippedScheme,
-    build_model,
-    run_own,
-    unload,
-)
+from gpu_arms import Load, NotMeasured, OwnRun, Peers, run_own
+from gpu_models import SCHEMES, TINY, SkippedScheme, build_model, unload
 from machine import describe_machine
 
 from quantgate_serve.ceilings import measure_ceilings
