@@ -27,7 +27,7 @@ class RequestPages:
         if not self._ensure_free(count + head_room):
             self._give_back(cached)
             return False
-        request.pages = cached + self._pool.allocate(count)
+        request.pages = cached + self._pool.allocate(count, after=cached[-1] if cached else None)
         request.num_computed = len(cached) * self._pool.page_size
         if request.num_preemptions == 0:
             request.num_cached = request.num_computed
@@ -37,7 +37,7 @@ class RequestPages:
         """One more page for `request`; False when there is none."""
         if not self._ensure_free(1):
             return False
-        request.pages += self._pool.allocate(1)
+        request.pages += self._pool.allocate(1, after=request.pages[-1])
         return True
 
     def remember(self, request: Request, tokens: list[int]) -> None:

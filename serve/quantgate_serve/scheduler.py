@@ -165,7 +165,7 @@ class Scheduler:
             if start >= len(request.pages) * self.pool.page_size:
                 if self.pool.num_free <= self.num_running:
                     return []
-                request.pages += self.pool.allocate(1)
+                self._pages.grow(request)
             found.append(Chunk(request, start, 1))
         return found
 

@@ -1,5 +1,7 @@
 """Properties of the page pool."""
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,30 +66,142 @@ def test_integrity_check_finds(holders: list[list[int]], message: str) -> None:
         pool.check_integrity(holders)
 
 
-def test_pages_come_in_the_order_in_which_they_lie_also_when_given_back() -> None:
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_free", 7), ("_free_in", b"\7"), ("_most_free", 7)]
+)
+def test_integrity_check_finds_free_pages_that_are_not_counted(name: str, value: object) -> None:
     pool = PagePool(8)
-    assert pool.allocate(3) == [0, 1, 2]
-    pages = pool.allocate(4)
-    assert pages == [3, 4, 5, 6]
-    pool.release(pages)
-    assert pool.allocate(5) == [3, 4, 5, 6, 7]
+    pool.check_integrity([])
+    setattr(pool, name, value)
+    with pytest.raises(PageIntegrityError, match="count as free"):
+        pool.check_integrity([])
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_a_pool_smaller_than_a_stretch_gives_its_pages_in_order(count: int) -> None:
+    assert PagePool(8).allocate(count) == list(range(count))
+
+
+def test_a_long_prompt_goes_through_stretches_in_order() -> None:
+    assert PagePool(43).allocate(42) == list(range(42))
+
+
+def test_a_sequence_goes_on_with_the_page_behind_its_last() -> None:
+    pool = PagePool(64)
+    pages = pool.allocate(3)
+    assert pool.allocate(2, after=pages[-1]) == [3, 4]
+
+
+def test_where_the_next_page_is_taken_a_sequence_goes_on_in_an_empty_stretch() -> None:
+    pool = PagePool(64)
+    assert pool.allocate(20) == list(range(20))
+    assert pool.allocate(2, after=7) == [32, 33]
+    # Seven more lie between, then the pages of the first sequence.
+    pool.release(list(range(9, 16)))
+    assert pool.allocate(9, after=8) == [*range(9, 16), 48, 49]
+
+
+def test_behind_the_last_page_a_sequence_goes_on_elsewhere() -> None:
+    pool = PagePool(20)
+    pages = pool.allocate(20)
+    pool.release([0, 1])
+    assert pool.allocate(1, after=pages[-1]) == [0]
+
+
+def test_new_sequences_begin_in_empty_stretches() -> None:
+    pool = PagePool(48)
+    assert [pool.allocate(1)[0] for _ in range(3)] == [0, 16, 32]
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        pytest.param(1, [8], id="half of the room is left to the sequence before"),
+        pytest.param(8, [*range(8, 16)], id="as many as half of it"),
+        pytest.param(12, [*range(4, 16)], id="less, where more is needed"),
+        pytest.param(17, [*range(1, 16), 25, 26], id="nothing, where all of it is needed"),
+    ],
+)
+def test_without_an_empty_stretch_pages_lie_in_the_emptiest(
+    count: int, expected: list[int]
+) -> None:
+    pool = PagePool(32)
+    pool.allocate(1)
+    pool.allocate(2)
+    assert pool.allocate(count) == expected
+
+
+def test_the_longest_run_of_the_emptiest_stretch_is_chosen() -> None:
+    pool = PagePool(32)
+    pool.allocate(32)
+    pool.release([1, 2, 3, 20, 21, 24, 25, 26])
+    assert pool.allocate(3) == [24, 25, 26]
+
+
+def test_a_stretch_that_was_given_back_is_found_again() -> None:
+    pool = PagePool(64)
+    pages = pool.allocate(64)
+    pool.release(pages[:5])
+    pool.release(pages[32:48])
+    assert pool.allocate(16) == pages[32:48]
+    pool.release(pages[48:])
+    assert pool.allocate(1) == [48]
+
+
+def test_sequences_that_grow_side_by_side_keep_their_pages_together() -> None:
+    pool = PagePool(8 * 16)
+    sequences = [pool.allocate(2) for _ in range(8)]
+    while pool.num_free:
+        for pages in sequences:
+            pages += pool.allocate(1, after=pages[-1])
+    for pages in sequences:
+        assert pages == list(range(pages[0], pages[0] + 16))
+
+
+@pytest.mark.parametrize("num_pages", [1, 15, 16, 17, 100])
+def test_every_page_can_be_taken_whatever_was_given_back_before(num_pages: int) -> None:
+    source = random.Random(num_pages)
+    pool = PagePool(num_pages)
+    held = pool.allocate(num_pages)
+    for _ in range(200):
+        source.shuffle(held)
+        count = source.randint(1, num_pages)
+        given, held = held[:count], held[count:]
+        pool.release(given)
+        while pool.num_free:
+            after = source.choice([None, *range(num_pages)])
+            held += pool.allocate(source.randint(1, pool.num_free), after=after)
+        assert sorted(held) == list(range(num_pages))
+        pool.check_integrity([held])
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Holders take, share and give back pages in any order; the books always match."""
+    """Holders take, grow, share and give back pages in any order; the books always match."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = PagePool(12)
+        self.pool = PagePool(40)
         self.holders: list[list[int]] = []
 
-    @rule(count=st.integers(0, 6))
+    @rule(count=st.integers(0, 20))
     def take(self, count: int) -> None:
         if count <= self.pool.num_free:
             self.holders.append(self.pool.allocate(count))
         else:
             with pytest.raises(PoolExhaustedError):
                 self.pool.allocate(count)
+
+    @rule(data=st.data(), count=st.integers(1, 3))
+    def grow(self, data: st.DataObject, count: int) -> None:
+        growing = [pages for pages in self.holders if pages]
+        if not growing or count > self.pool.num_free:
+            return
+        pages = data.draw(st.sampled_from(growing))
+        follows = pages[-1] + 1
+        is_free = follows < self.pool.num_pages and self.pool.references(follows) == 0
+        more = self.pool.allocate(count, after=pages[-1])
+        assert (more[0] == follows) == is_free
+        pages += more
 
     @rule(data=st.data())
     def share(self, data: st.DataObject) -> None:
