@@ -76,7 +76,7 @@ class Ledger:
             request = child.in_flight.get(id)
             if request is None or request.is_finished:
                 continue
-            logprobs = report.logprobs.get(id, [])
+            logprobs = report.logprobs.get(id, []) if report.logprobs else []
             request.first_token_ns = request.first_token_ns or now
             request.last_token_ns = now
             started_ns = perf_counter_ns()
@@ -85,7 +85,8 @@ class Ledger:
             if is_stopped:
                 self.end(request, FinishReason.STOP)
                 stopped.append(request)
-            del logprobs[:1]
+            if logprobs:
+                del logprobs[0]
             transcript.tell(request)
         self.forget(child, stopped, FinishReason.STOP)
         for ended in report.ended:

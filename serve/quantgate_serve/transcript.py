@@ -11,7 +11,7 @@ from quantgate_serve.request import Delta, FinishReason, Request
 
 def grow(request: Request, tokens: Sequence[int], logprobs: Sequence[Logprob]) -> bool:
     """Add tokens and text; True if a stop string ended it, which cuts what came after."""
-    entries = token_logprobs(logprobs)
+    entries = token_logprobs(logprobs) if logprobs else []
     if request.text is None:
         request.token_ids += tokens
         request.logprobs += entries

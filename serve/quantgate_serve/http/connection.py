@@ -11,7 +11,7 @@ One request is answered at a time. What a client sends behind it stays bytes unt
 import asyncio
 import http
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp
@@ -147,8 +147,13 @@ class Connection(asyncio.Protocol):
         if not self._transport.is_closing():
             self._transport.write(data)
 
-    def writable(self) -> Awaitable[object] | None:
-        return None if self._writable is None else self._writable.wait()
+    @property
+    def is_writable(self) -> bool:
+        return self._writable is None
+
+    async def writable(self) -> None:
+        if self._writable is not None:
+            await self._writable.wait()
 
     def wants_body(self) -> None:
         self._resume_reading()

@@ -4,7 +4,7 @@ Runs on the event loop.
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,10 @@ _STATUS_OF = {
 }
 
 
+# Takes deltas, all or none of them.
+Reader = Callable[[list[Delta]], bool]
+
+
 class ClientGoneError(Exception):
     """The client closed its connection before the answer was ready."""
 
@@ -42,10 +46,14 @@ class ClientGoneError(Exception):
 class Inbox:
     """What a client's requests have brought since it was last told, in order.
 
-    A step that concerns several of them wakes the client's task once.
+    A step that concerns several of them is told once: to `reader` if it will have it, while the
+    client's task waits, or else to the task.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reader: Reader | None = None) -> None:
+        self._reader = reader
+        self._is_offering = False
+        self._error: Exception | None = None
         self._deltas: list[Delta] = []
         self._is_closed = False
         self._waiting: asyncio.Future[None] | None = None
@@ -53,7 +61,11 @@ class Inbox:
     def put(self, delta: Delta) -> None:
         """The listener of each request."""
         self._deltas.append(delta)
-        self._wake()
+        if self._reader is None:
+            self._wake()
+        elif not self._is_offering:
+            self._is_offering = True
+            asyncio.get_running_loop().call_soon(self._offer, self._reader)
 
     def close(self) -> None:
         """Nobody will be told: who waits for deltas is told so."""
@@ -65,14 +77,28 @@ class Inbox:
 
         Raises:
             ClientGoneError: the inbox was closed.
+            Exception: what the reader raised.
         """
         if not self._deltas and not self._is_closed:
             self._waiting = asyncio.get_running_loop().create_future()
             await self._waiting
+        if self._error is not None:
+            raise self._error
         if self._is_closed:
             raise ClientGoneError
         deltas, self._deltas = self._deltas, []
         return deltas
+
+    def _offer(self, reader: Reader) -> None:
+        self._is_offering = False
+        if self._waiting is not None and not self._is_closed:
+            try:
+                if reader(self._deltas):
+                    self._deltas = []
+                    return
+            except Exception as error:  # the task's to raise
+                self._error = error
+        self._wake()
 
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, None
@@ -103,13 +129,13 @@ async def complete(engine: Sharing, requests: Sequence[Request], http: HttpReque
             raise api_error(request.error)
 
 
-def open_stream(engine: Sharing, requests: Sequence[Request]) -> Inbox:
-    """Queue `requests` now; their deltas come into the inbox.
+def open_stream(engine: Sharing, requests: Sequence[Request], reader: Reader) -> Inbox:
+    """Queue `requests` now; their deltas come into the inbox, which offers them to `reader` first.
 
     Raises:
         ApiError: refused.
     """
-    inbox = Inbox()
+    inbox = Inbox(reader)
     for request in requests:
         request.is_streaming = True
         request.listener = inbox.put

@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii
 from typing import Protocol
 
 from starlette.responses import Response
@@ -11,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from quantgate_serve.http import exchange, responses
 from quantgate_serve.http.protocol import ChatBody, CompletionBody
+from quantgate_serve.http.turn import PIECES, Pieces
 from quantgate_serve.request import Delta, Request
 from quantgate_serve.sharing import Sharing
 from quantgate_serve.vocabulary import Vocabulary
@@ -141,7 +143,8 @@ class EventStream(Response):
         # Not Response's own, which would announce the length of a body.
         self.status_code = 200
         self.background = None
-        self._inbox = exchange.open_stream(engine, requests)
+        self._inbox = exchange.open_stream(engine, requests, self._hand_on)
+        self._pieces: Pieces | None = None
         self.init_headers(responses.origin_headers(requests))
         self._engine = engine
         self._requests = requests
@@ -149,6 +152,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         events = self._events
+        self._pieces = scope["extensions"][PIECES]
         try:
             # Who has left hears no more; there is nobody to tell an error either.
             with (
@@ -170,6 +174,15 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": piece})
         finally:
             self._engine.abort(self._requests)
+
+    def _hand_on(self, deltas: list[Delta]) -> bool:
+        """Most tokens take this way: no task wakes for them. The end is the task's."""
+        pieces = self._pieces
+        if pieces is None or not pieces.is_writable or any(delta.is_last for delta in deltas):
+            return False
+        if piece := self._events.of(deltas):
+            pieces.put(piece)
+        return True
 
 
 class Events:
@@ -195,6 +208,8 @@ class Events:
 
     def of(self, deltas: Sequence[Delta]) -> bytes:
         """What `deltas` are to the client; with the last of all the end, and `is_over`."""
+        if len(deltas) == 1 and not deltas[0].is_last and deltas[0].request.error is None:
+            return self._chunk(deltas[0])
         return b"".join(self._of(deltas))
 
     def _of(self, deltas: Sequence[Delta]) -> Iterator[bytes]:
@@ -238,7 +253,7 @@ class _Frame:
     after: bytes
 
     def around(self, text: str) -> bytes:
-        return self.before + json.dumps(text).encode() + self.after
+        return self.before + encode_basestring_ascii(text).encode() + self.after
 
 
 def _frame(form: Form, index: int, request: Request) -> _Frame | None:

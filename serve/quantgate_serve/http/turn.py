@@ -3,7 +3,7 @@
 import asyncio
 import http
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 from urllib.parse import unquote
 
@@ -22,6 +22,8 @@ _NO_BODY = frozenset((204, 304))
 # The ASGI extension by which the application names what is to be called when its client leaves: a
 # task that waits for the disconnect costs more than the rest of a short answer's bookkeeping.
 LEAVING = "quantgate.leaving"
+# The one by which it writes pieces of a stream without a task's turn: see `Pieces`.
+PIECES = "quantgate.pieces"
 
 
 class Wire(Protocol):
@@ -32,8 +34,12 @@ class Wire(Protocol):
         """Written in front of those of each answer."""
 
     def write(self, data: bytes) -> None: ...
-    def writable(self) -> Awaitable[object] | None:
-        """What to wait for before more is written; None if nothing."""
+    @property
+    def is_writable(self) -> bool:
+        """False while too much waits to be read."""
+
+    async def writable(self) -> None:
+        """Wait until it is writable."""
 
     def wants_body(self) -> None:
         """There is room for more of the body."""
@@ -43,6 +49,17 @@ class Wire(Protocol):
 
     def break_off(self) -> None:
         """The answer cannot be completed."""
+
+
+class Pieces(Protocol):
+    """The middle of an answer's body, once it has begun."""
+
+    @property
+    def is_writable(self) -> bool:
+        """False while the client has to read first: then pieces are sent, which waits for it."""
+
+    def put(self, body: bytes) -> None:
+        """Write some of the body."""
 
 
 class Turn:
@@ -88,7 +105,7 @@ class Turn:
             "raw_path": path,
             "query_string": query,
             "headers": head.headers,
-            "extensions": {LEAVING: self._watch},
+            "extensions": {LEAVING: self._watch, PIECES: self},
             **connection,
         }
 
@@ -128,6 +145,14 @@ class Turn:
         if on_leave is not None and self.is_gone:
             on_leave()
 
+    @property
+    def is_writable(self) -> bool:
+        return self.has_begun and not self.is_answered and self._wire.is_writable
+
+    def put(self, body: bytes) -> None:
+        if not self.is_gone:
+            self._write(body, is_last=False)
+
     async def _receive(self) -> Message:
         if not (self.is_gone or self.is_answered):
             if self._expects_continue:
@@ -144,8 +169,8 @@ class Turn:
         return {"type": "http.request", "body": body, "more_body": self._more_body}
 
     async def _send(self, message: Message) -> None:
-        if not self.is_gone and (writable := self._wire.writable()) is not None:
-            await writable
+        if not (self.is_gone or self._wire.is_writable):
+            await self._wire.writable()
         if self.is_gone:
             return
         if message["type"] == "http.response.start" and not self.has_begun:

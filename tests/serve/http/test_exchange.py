@@ -71,3 +71,61 @@ def test_what_comes_after_a_cancelled_wait_is_kept() -> None:
         assert len(await inbox.take()) == 1
 
     asyncio.run(run())
+
+
+def test_a_reader_that_will_have_it_is_told_instead_of_the_task_that_waits() -> None:
+    async def run() -> None:
+        read: list[int] = []
+
+        def reader(deltas: list[Delta]) -> bool:
+            takes = all(found.num_output < 3 for found in deltas)
+            if takes:
+                read.extend(found.num_output for found in deltas)
+            return takes
+
+        inbox = Inbox(reader)
+        inbox.put(delta(0))
+        await asyncio.sleep(0)
+        assert read == []  # nobody waits: what the task does not know cannot overtake it
+        assert [found.num_output for found in await inbox.take()] == [0]
+        taking = asyncio.ensure_future(inbox.take())
+        await asyncio.sleep(0)
+        for count in (1, 2):
+            inbox.put(delta(count))
+        await asyncio.sleep(0)
+        assert read == [1, 2]
+        assert not taking.done()
+        inbox.put(delta(3))
+        assert [found.num_output for found in await taking] == [3]
+
+    asyncio.run(run())
+
+
+def test_a_fault_of_the_reader_is_the_task_s() -> None:
+    async def run() -> None:
+        def reader(_: list[Delta]) -> bool:
+            raise ValueError("a fault")
+
+        inbox = Inbox(reader)
+        taking = asyncio.ensure_future(inbox.take())
+        await asyncio.sleep(0)
+        inbox.put(delta(1))
+        with pytest.raises(ValueError, match="a fault"):
+            await taking
+
+    asyncio.run(run())
+
+
+def test_a_closed_inbox_tells_no_reader() -> None:
+    async def run() -> None:
+        read: list[Delta] = []
+        inbox = Inbox(lambda deltas: not read.extend(deltas))
+        taking = asyncio.ensure_future(inbox.take())
+        await asyncio.sleep(0)
+        inbox.put(delta(1))
+        inbox.close()
+        with pytest.raises(ClientGoneError):
+            await taking
+        assert read == []
+
+    asyncio.run(run())

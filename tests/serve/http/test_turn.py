@@ -11,7 +11,7 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from quantgate_serve.http.connection import Connection
-from quantgate_serve.http.turn import LEAVING
+from quantgate_serve.http.turn import LEAVING, PIECES, Pieces
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 talking: list[Connection] = []
@@ -242,6 +242,27 @@ def test_broken_chunks_end_the_request_that_they_belong_to() -> None:
             pass
 
     talk(read, conversation)
+
+
+def test_pieces_are_written_at_once_until_the_client_must_read() -> None:
+    counts: list[int] = []
+
+    async def pour(scope: Scope, receive: Receive, send: Send) -> None:
+        pieces: Pieces = scope["extensions"][PIECES]
+        assert not pieces.is_writable
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while pieces.is_writable:
+            pieces.put(b"x" * 65_536)
+            counts.append(65_536)
+        await send(piece(b"end"))
+        assert not pieces.is_writable
+
+    async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(request("/"))
+        assert (await read_chunked(reader))[1] == b"x" * sum(counts) + b"end"
+
+    talk(pour, conversation)
+    assert counts
 
 
 @pytest.mark.parametrize("leaves", ["before", "while"])
