@@ -244,6 +244,8 @@ class Channel:
             if not data:
                 raise ChannelClosedError("the front has ended")
             messages += self._frames.feed(data)
+            if len(data) < _READ_BYTES:
+                return messages  # what has come since is told by the next call
 
     def _wait(self, timeout_s: float | None) -> None:
         writes = select.POLLOUT if self._unsent else 0
