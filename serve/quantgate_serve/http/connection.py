@@ -1,56 +1,116 @@
-"""A client's connection: HTTP/1.1 in and out, with bounds on how slow a client may be.
+"""HTTP/1.1 as uvicorn speaks it with httptools, with bounds on what a client may do.
 
 A connection that sends its headers drop by drop, or never reads its answer, costs a socket and
-memory for as long as it likes. Uvicorn accepts connections and drains them; what it has for HTTP
-knows no such bounds, and takes a third of the front's time for an idle request (h11), or loses the
-body of a request that offers an upgrade (httptools).
-
-One request is answered at a time. What a client sends behind it stays bytes until its turn comes.
+memory for as long as it likes; uvicorn itself bounds only the pause between two requests.
 """
 
 import asyncio
-import http
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
-from starlette.types import ASGIApp
-from uvicorn.config import Config
-from uvicorn.server import ServerState
+import httptools
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
-from quantgate_serve.http.chunks import Chunks
 from quantgate_serve.http.errors import ApiError
-from quantgate_serve.http.head import MAX_HEAD_BYTES, BadRequestError, Head, find_end, parse_head
-from quantgate_serve.http.turn import Turn
+
+# The largest heads in use (cookies, tokens) take a quarter.
+MAX_HEAD_BYTES = 65_536
+# The ASGI extension by which the application names what is to be called when its client leaves: a
+# task that waits for the disconnect costs more than the rest of a short answer's bookkeeping.
+LEAVING = "quantgate.leaving"
+# The one by which it writes pieces of a stream without a task's turn: see `Pieces`.
+PIECES = "quantgate.pieces"
 
 
-class Clock:
-    """Does something once, unless it is stopped before."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._timer: asyncio.TimerHandle | None = None
+class Pieces(Protocol):
+    """The middle of an answer's body, once it has begun."""
 
     @property
-    def is_running(self) -> bool:
-        return self._timer is not None
+    def is_writable(self) -> bool:
+        """False while the client has to read first: then pieces are sent, which waits for it."""
 
-    def start(self, seconds: float, then: Callable[[], object]) -> None:
-        self.stop()
-        self._timer = self._loop.call_later(seconds, self._ring, then)
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _ring(self, then: Callable[[], object]) -> None:
-        self._timer = None
-        then()
+    def put(self, body: bytes) -> None:
+        """Write some of the body."""
 
 
-class Connection(asyncio.Protocol):
-    """One client's connection, as uvicorn's servers start it; `of` makes the class for bounds."""
+class CyclePieces:
+    """Pieces of the answer of one of uvicorn's cycles."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    @property
+    def is_writable(self) -> bool:
+        cycle = self._cycle
+        return cycle.response_started and not (cycle.response_complete or cycle.flow.write_paused)
+
+    def put(self, body: bytes) -> None:
+        sending = self._cycle.send({"type": "http.response.body", "body": body, "more_body": True})
+        # It waits for nothing but for what is_writable tells, so one step is all of it.
+        try:
+            sending.send(None)
+        except StopIteration:
+            return
+        sending.close()
+        raise RuntimeError("a piece was put where nothing can be written")
+
+
+class JoinedWrites(asyncio.Transport):
+    """A transport that sends what was written in one turn of the event loop in one piece.
+
+    uvicorn writes an answer's head, its body and its end one by one, and each would wake who reads.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
+        self._transport = transport
+        self._loop = loop
+        self._unsent: list[bytes] = []
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if not data:
+            return
+        if not self._unsent:
+            self._loop.call_soon(self._flush)
+        self._unsent.append(bytes(data))
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def abort(self) -> None:
+        self._unsent.clear()
+        self._transport.abort()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self._transport.get_extra_info(name, default)
+
+    def pause_reading(self) -> None:
+        self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._transport.resume_reading()
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._transport.set_protocol(protocol)
+
+    def _flush(self) -> None:
+        pieces, self._unsent = self._unsent, []
+        if pieces and not self._transport.is_closing():
+            self._transport.write(b"".join(pieces))
+
+
+class Connection(HttpToolsProtocol):
+    """One client's connection; `of` makes the class for given bounds."""
 
     # From a connection's start, a request's first byte, or the end of the answer before it, to the
     # end of its headers.
@@ -58,34 +118,18 @@ class Connection(asyncio.Protocol):
     # How long what waits to be read may stay above the transport's high-water mark.
     read_timeout_s = 60.0
 
-    def __init__(
-        self,
-        config: Config,
-        server_state: ServerState,
-        app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        self._app: ASGIApp = config.loaded_app
-        self._loop = asyncio.get_running_loop()
-        self._server = server_state
-        del app_state, _loop  # of a lifespan, and of the loop that runs anyway: not used here
-        self._keep_alive_s = config.timeout_keep_alive
-        self._transport: asyncio.Transport = None  # type: ignore[assignment]
-        self._names: dict[str, Any] = {}
-        # Received and not understood yet; of it the bytes that hold no end of a head.
-        self._unread = b""
-        self._searched = 0
-        self._is_reading = True
-        self._turn: Turn | None = None
-        # What is left of the body of the request that came last.
-        self._body: int | Chunks = 0
-        self._writable: asyncio.Event | None = None
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._is_in_head = False
+        # Of the head under way: what was understood of it, and what has come while it had no end.
+        self._head_bytes = self._unended_bytes = 0
+        # What was sent behind requests that are not answered yet, and is none.
+        self._refusal: ApiError | None = None
+        self._is_lost = False
+        self._on_leave: Callable[[], object] | None = None
         # Of a head, or of the rest of a body that nobody needs.
-        self._head_clock = Clock(self._loop)
-        # Of the pause before the next request.
-        self._idle_clock = Clock(self._loop)
-        # Of an answer that is not read.
-        self._read_clock = Clock(self._loop)
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._read_timer: asyncio.TimerHandle | None = None
 
     @classmethod
     def of(cls, *, headers_timeout_s: float, read_timeout_s: float) -> "type[Connection]":
@@ -94,185 +138,221 @@ class Connection(asyncio.Protocol):
 
     # asyncio's side.
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self._server.connections.add(self)  # type: ignore[arg-type]
-        self._names = {
-            "server": _address(transport.get_extra_info("sockname")),
-            "client": _address(transport.get_extra_info("peername")),
-            "scheme": "http",
-        }
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(JoinedWrites(transport, self.loop))
         self._watch_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._server.connections.discard(self)
-        self._head_clock.stop()
-        self._idle_clock.stop()
-        self.resume_writing()
-        if self._turn is not None:
-            self._turn.leave()
+        self._is_lost = True
+        self._stop_head_timer()
+        self._stop_read_timer()
+        super().connection_lost(exc)
+        if self._on_leave is not None:
+            self._on_leave()
 
     def data_received(self, data: bytes) -> None:
-        self._unread = self._unread + data if self._unread else data
-        self._read()
+        self._unset_keepalive_if_required()
+        self._feed(data)
+        if not self._is_in_head or self.transport.is_closing():
+            return
+        self._unended_bytes += len(data)
+        if self._unended_bytes > MAX_HEAD_BYTES:
+            self._refuse_input(_too_long())
+        elif self._head_timer is None:
+            self._watch_head()
 
     def pause_writing(self) -> None:
-        self._writable = asyncio.Event()
+        super().pause_writing()
         # Not close(): that would wait for the client to read what it does not read.
-        self._read_clock.start(self.read_timeout_s, self._transport.abort)
+        self._read_timer = self.loop.call_later(self.read_timeout_s, self.transport.abort)
 
     def resume_writing(self) -> None:
-        self._read_clock.stop()
-        if self._writable is not None:
-            self._writable.set()
-            self._writable = None
+        self._stop_read_timer()
+        super().resume_writing()
+
+    # The parser's side.
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._is_in_head = True
+        self._head_bytes = self._unended_bytes = 0
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count_head(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        self._count_head(len(name) + len(value))
+
+    def on_headers_complete(self) -> None:
+        self._is_in_head = False
+        self._stop_head_timer()
+        version = self.parser.get_http_version()
+        hosts = sum([name == b"host" for name, _ in self.headers])
+        if version not in ("1.0", "1.1"):
+            raise _invalid(f"the version is to be 1.0 or 1.1, not {version}.")
+        if hosts > 1 or (hosts == 0 and version == "1.1"):
+            raise _invalid(f"there must be one Host header, found {hosts}.")
+        if self.parser.get_method() == b"CONNECT":
+            raise _invalid("this server is no proxy.")
+        if self.parser.should_upgrade():
+            return  # see _feed
+        extensions: dict[str, Any] = {LEAVING: self._watch}
+        self.scope["extensions"] = extensions
+        super().on_headers_complete()
+        if version == "1.1":
+            extensions[PIECES] = CyclePieces(self.cycle)
+        if self.expect_100_continue:
+            # Whether the body follows an answer that did not wait for it is up to the client.
+            self.cycle.keep_alive = False
+
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            if self.cycle.response_complete:
+                self._stop_head_timer()
+            super().on_message_complete()
 
     # uvicorn's side.
 
-    def shutdown(self) -> None:
-        """Take no more requests; the one under way gets its answer."""
-        if self._turn is None:
-            self._transport.close()
-        else:
-            self._turn.keeps_alive = False
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing() or self.pipeline:
+            return
+        if self._refusal is not None:
+            self._refuse(self._refusal)
+        elif self.cycle.more_body:
+            # Read on and thrown away, until the next request can begin.
+            self._start_head_timer(self.transport.close)
 
-    # The turn's side.
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        is_old = cycle.scope["http_version"] == "1.0"
+        chosen: Any = _in_one_piece(app) if is_old else app
+        super()._start_asgi_task(cycle, chosen)
 
-    @property
-    def default_headers(self) -> list[tuple[bytes, bytes]]:
-        return self._server.default_headers
+    # The application's side.
 
-    def write(self, data: bytes) -> None:
-        if not self._transport.is_closing():
-            self._transport.write(data)
-
-    @property
-    def is_writable(self) -> bool:
-        return self._writable is None
-
-    async def writable(self) -> None:
-        if self._writable is not None:
-            await self._writable.wait()
-
-    def wants_body(self) -> None:
-        self._resume_reading()
-
-    def answered(self, *, keeps_alive: bool) -> None:
-        self._turn = None
-        self._server.total_requests += 1
-        if not keeps_alive:
-            self._transport.close()
-        elif not self._transport.is_closing():
-            self._resume_reading()
-            if self._body:
-                # Read on and thrown away, until the next request can begin.
-                self._head_clock.start(self.headers_timeout_s, self._transport.close)
-            # Not from inside the turn that has just ended.
-            self._loop.call_soon(self._read)
-
-    def break_off(self) -> None:
-        self._turn = None
-        self._transport.close()
+    def _watch(self, on_leave: Callable[[], object] | None) -> None:
+        """Have `on_leave` called when the client leaves, now if it has left; None: nothing more."""
+        self._on_leave = on_leave
+        if on_leave is not None and self._is_lost:
+            on_leave()
 
     # Reading.
 
-    def _read(self) -> None:
-        """Understand what has come, as far as it is somebody's turn."""
-        try:
-            while not self._transport.is_closing():
-                if self._body:
-                    if not self._read_body():
-                        break
-                elif self._turn is not None or not self._read_head():
-                    break
-        except BadRequestError as error:
-            self._refuse(ApiError(error.status, str(error), code="invalid_http"))
+    def _feed(self, data: bytes) -> None:
+        if self._refusal is not None or self.parser is None:
             return
-        if self._turn is not None and not self._body and len(self._unread) > MAX_HEAD_BYTES:
-            self._pause_reading()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            # What follows is left to the other protocol. That is a client's offer, which Java's
+            # makes with each first request; here it is passed over, and read once more without.
+            head = self._head_without_offer()
+            self.parser = httptools.HttpRequestParser(self)
+            self._feed(head + data[offer.args[0] :])
+        except httptools.HttpParserCallbackError as error:
+            if not isinstance(error.__context__, ApiError):
+                raise
+            self._refuse_input(error.__context__)
+        except httptools.HttpParserError as error:
+            self._refuse_input(_invalid(f"this is not HTTP/1.1: {error}."))
 
-    def _read_head(self) -> bool:
-        """Begin a turn; False while its head has not come."""
-        if not self._unread:
-            # The pause between two requests is no slow request.
-            if not (self._head_clock.is_running or self._idle_clock.is_running):
-                self._idle_clock.start(self._keep_alive_s, self._transport.close)
-            return False
-        self._idle_clock.stop()
-        end = find_end(self._unread, self._searched)
-        if end is None:
-            self._searched = len(self._unread)
-            if not self._head_clock.is_running:
-                self._watch_head()
-            return False
-        self._head_clock.stop()
-        head = parse_head(self._unread[:end])
-        self._unread, self._searched = self._unread[end:], 0
-        self._begin(head)
-        return True
+    def _head_without_offer(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%b: %b" % field for field in self.headers if field[0] != b"upgrade"]
+        return b"\r\n".join([*lines, b"", b""])
 
-    def _begin(self, head: Head) -> None:
-        turn = self._turn = Turn(self, head)
-        self._body = Chunks() if head.body_bytes is None else head.body_bytes
-        if not self._body:
-            turn.take(b"", is_last=True)
-        task = self._loop.create_task(turn.run(self._app, self._names))
-        self._server.tasks.add(task)
-        task.add_done_callback(self._server.tasks.discard)
+    def _count_head(self, num_bytes: int) -> None:
+        self._head_bytes += num_bytes
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise _too_long()
 
-    def _read_body(self) -> bool:
-        """Hand on what has come of it; False while it is not over."""
-        if not self._unread:
-            return False
-        if isinstance(self._body, Chunks):
-            piece, self._unread = self._body.feed(self._unread)
-            if self._body.is_over:
-                self._body = 0
+    def _refuse_input(self, error: ApiError) -> None:
+        """What was sent is no request: nothing of this connection is read any more."""
+        self._is_in_head = False
+        self._stop_head_timer()
+        if not self._owes_answer():
+            self._refuse(error)
+        elif self.cycle.more_body:
+            # It belongs to the request that is read, which therefore never ends.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            self._refuse(error)
         else:
-            piece, self._unread = self._unread[: self._body], self._unread[self._body :]
-            self._body -= len(piece)
-        if self._turn is None:
-            # Its answer did not wait for it.
-            if not self._body:
-                self._head_clock.stop()
-        elif not self._turn.take(piece, is_last=not self._body):
-            self._pause_reading()
-        return not self._body
-
-    def _pause_reading(self) -> None:
-        if self._is_reading:
-            self._is_reading = False
-            self._transport.pause_reading()
-
-    def _resume_reading(self) -> None:
-        if not self._is_reading:
-            self._is_reading = True
-            self._transport.resume_reading()
+            self._refusal = error
 
     # Bounds.
 
+    def _owes_answer(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
     def _watch_head(self) -> None:
-        self._head_clock.start(self.headers_timeout_s, self._head_is_late)
+        self._start_head_timer(self._head_is_late)
 
     def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self._owes_answer():
+            self._watch_head()
+            return
         text = f"the headers did not arrive within {self.headers_timeout_s:g} s."
         self._refuse(ApiError(408, text, code="request_timeout"))
 
+    def _start_head_timer(self, then: Callable[[], object]) -> None:
+        self._stop_head_timer()
+        self._head_timer = self.loop.call_later(self.headers_timeout_s, then)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _stop_read_timer(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
+
     def _refuse(self, error: ApiError) -> None:
-        turn, self._turn = self._turn, None
-        if turn is not None:
-            turn.leave()
-        if turn is None or not turn.has_begun:
+        # One may be under way already; then the connection ends in the middle of it.
+        if not (self._owes_answer() and self.cycle.response_started):
             body = json.dumps(error.body()).encode()
-            status = http.HTTPStatus(error.status)
             # In one piece: a client that still sends may lose what comes after the first.
-            self.write(
-                b"HTTP/1.1 %d %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
-                b"connection: close\r\n\r\n%b" % (status, status.phrase.encode(), len(body), body)
+            self.transport.write(
+                b"%bcontent-type: application/json\r\ncontent-length: %d\r\n"
+                b"connection: close\r\n\r\n%b" % (STATUS_LINE[error.status], len(body), body)
             )
-        self._transport.close()
+        self.transport.close()
 
 
-def _address(name: Any) -> tuple[str, int] | None:
-    return (str(name[0]), int(name[1])) if isinstance(name, tuple) else None
+def _in_one_piece(app: ASGIApp) -> ASGIApp:
+    """For clients of HTTP/1.0, which know no chunks: an answer leaves when its length is known."""
+
+    async def whole(scope: Scope, receive: Receive, send: Send) -> None:
+        start: Message = {}
+        body = bytearray()
+
+        async def hold(message: Message) -> None:
+            nonlocal start
+            if message["type"] == "http.response.start":
+                start = message
+                return
+            body.extend(message.get("body", b""))
+            if message.get("more_body", False):
+                return
+            headers = [field for field in start["headers"] if field[0] != b"content-length"]
+            length = (b"content-length", str(len(body)).encode())
+            await send({**start, "headers": [*headers, length]})
+            await send({"type": "http.response.body", "body": bytes(body)})
+
+        await app(scope, receive, hold)
+
+    return whole
+
+
+def _invalid(text: str) -> ApiError:
+    return ApiError(400, text, code="invalid_http")
+
+
+def _too_long() -> ApiError:
+    return _invalid(f"the headers have more than {MAX_HEAD_BYTES} bytes.")

@@ -11,8 +11,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from quantgate_serve.http import exchange, responses
+from quantgate_serve.http.connection import PIECES, Pieces
 from quantgate_serve.http.protocol import ChatBody, CompletionBody
-from quantgate_serve.http.turn import PIECES, Pieces
 from quantgate_serve.request import Delta, Request
 from quantgate_serve.sharing import Sharing
 from quantgate_serve.vocabulary import Vocabulary
@@ -152,7 +152,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         events = self._events
-        self._pieces = scope["extensions"][PIECES]
+        self._pieces = scope["extensions"].get(PIECES)
         try:
             # Who has left hears no more; there is nobody to tell an error either.
             with (

@@ -52,8 +52,9 @@ def test_headers_that_trickle_are_cut_off_too(url: str) -> None:
         started = time.monotonic()
         connection.settimeout(0.05)
         found = b""
+        connection.sendall(b"GET /")
         while not found and time.monotonic() < started + 4:
-            connection.sendall(b"G")
+            connection.sendall(b"a")
             with suppress(TimeoutError):
                 found = connection.recv(65536)
         assert error_of(found) == (408, "request_timeout")
@@ -69,7 +70,7 @@ def test_a_second_request_has_the_same_bound(url: str) -> None:
 
 
 def test_an_upgrade_that_is_not_offered_is_passed_over(url: str) -> None:
-    # Java's HttpClient offers h2c with each first request; httptools would drop the body then.
+    # Java's HttpClient offers h2c with each first request; httptools by itself would drop the body.
     body = b'{"prompt": [3, 4], "max_tokens": 1}'
     head = (
         "POST /v1/completions HTTP/1.1\r\nhost: a\r\nconnection: upgrade, close\r\n"

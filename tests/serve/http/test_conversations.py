@@ -10,8 +10,7 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from quantgate_serve.http.connection import Connection
-from quantgate_serve.http.turn import LEAVING, PIECES, Pieces
+from quantgate_serve.http.connection import LEAVING, PIECES, Connection, Pieces
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 talking: list[Connection] = []
@@ -198,6 +197,61 @@ def test_an_old_client_s_answer_ends_with_the_connection() -> None:
     talk(echo, conversation)
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"",  # no host
+        b"host: a\r\nhost: b\r\n",
+        b"host: a\r\nname\r\n",
+        b"host: a\r\n: value\r\n",
+        b"host: a\r\nna me: value\r\n",
+        b"host : a\r\n",
+        b"host: a\r\n folded: value\r\n",
+        b"host: a\r\nx: a\x00b\r\n",
+        b"host: a\r\nx: a\rb\r\n",
+        b"host: a\r\ncontent-length: 1\r\ncontent-length: 2\r\n",
+        b"host: a\r\ncontent-length: +1\r\n",
+        b"host: a\r\ncontent-length: 1_0\r\n",
+        b"host: a\r\ncontent-length: 99999999999999999999\r\n",
+        b"host: a\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n",
+        b"host: a\r\ntransfer-encoding: gzip\r\n",
+        b"host: a\r\n" + b"x: " + b"a" * 65_536 + b"\r\n",
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_refused(lines: bytes) -> None:
+    async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"POST / HTTP/1.1\r\n" + lines + b"\r\n")
+        answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert b'"code": "invalid_http"' in answer
+
+    talk(echo, conversation)
+
+
+@pytest.mark.parametrize("line", [b"GET / HTTP/2.0", b"CONNECT a:80 HTTP/1.1"])
+def test_what_is_asked_otherwise_is_refused(line: bytes) -> None:
+    async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(line + b"\r\nhost: a\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+
+    talk(echo, conversation)
+
+
+@pytest.mark.parametrize("cut", range(0, 120, 7))
+def test_an_upgrade_that_is_offered_is_passed_over_however_it_is_cut(cut: int) -> None:
+    lines = "connection: upgrade\r\nupgrade: h2c\r\nhttp2-settings: A\r\n"
+
+    async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        whole = request("/a", body=b"abc", lines=lines) + request("/b", body=b"d")
+        writer.write(whole[:cut])
+        await asyncio.sleep(0.01)
+        writer.write(whole[cut:])
+        assert (await read_chunked(reader))[1] == b"/aabc"
+        assert (await read_chunked(reader))[1] == b"/bd"
+
+    talk(echo, conversation)
+
+
 def test_the_answer_to_head_is_the_head() -> None:
     async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(request("/", method="HEAD", lines="connection: close\r\n"))
@@ -246,6 +300,7 @@ def test_broken_chunks_end_the_request_that_they_belong_to() -> None:
 
 def test_pieces_are_written_at_once_until_the_client_must_read() -> None:
     counts: list[int] = []
+    full = asyncio.Event()
 
     async def pour(scope: Scope, receive: Receive, send: Send) -> None:
         pieces: Pieces = scope["extensions"][PIECES]
@@ -254,11 +309,16 @@ def test_pieces_are_written_at_once_until_the_client_must_read() -> None:
         while pieces.is_writable:
             pieces.put(b"x" * 65_536)
             counts.append(65_536)
+            await asyncio.sleep(0)  # what was put leaves in the event loop's next turn
+        with pytest.raises(RuntimeError, match="nothing can be written"):
+            pieces.put(b"y")
+        full.set()
         await send(piece(b"end"))
         assert not pieces.is_writable
 
     async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(request("/"))
+        await full.wait()
         assert (await read_chunked(reader))[1] == b"x" * sum(counts) + b"end"
 
     talk(pour, conversation)
