@@ -45,10 +45,11 @@ typedef struct {
     float *const *keys, *const *values;
     /* Room to work in, with T the larger of tokens and num_rows: [T, C], [T, N + 2 K, D], [T, N, D],
      * [T, intermediate size], [threads, T, C]; for codes [T, largest number of inputs, in multiples
-     * of 128]; [T], [T] and [T]. */
+     * of 128]; [T] each. */
     float *hidden, *qkv, *mixed, *middle, *normed, *scratch;
     int64_t *slots, *turns;
     block *blocks;
+    uint8_t *is_read;
     /* The results: [num_rows, C], the hidden states of `rows` after the last norm, and, where logits
      * are not null, instead of them [num_rows, vocabulary], each row's largest, the first of equals,
      * and whether none is NaN and all of these are finite. */
@@ -98,6 +99,8 @@ static int64_t lay_out(const decoder *d, const step *s) {
             if (s->ids[t] < 0 || s->ids[t] >= s->num_embeddings) return NO_EMBEDDING;
         }
     }
+    memset(s->is_read, 0, s->tokens);
+    for (int64_t r = 0; r < s->num_rows; r++) s->is_read[s->rows[r]] = 1;
     return count;
 }
 
@@ -178,7 +181,7 @@ static void decode_part(const decoder *d, step *s, int64_t num_blocks, int64_t t
         attention a = {s->qkv, s->qkv + mixed_width, s->qkv + mixed_width + d->kv_heads * D,
                        stride, s->mixed, s->tokens, d->num_heads, d->kv_heads, D,
                        s->keys[i], s->values[i], s->slots, s->table, s->blocks, num_blocks,
-                       d->scale, threads};
+                       d->scale, threads, i + 1 == d->num_layers ? s->is_read : 0};
         write_part(&a);
         COUNT(ROTATION)
         attend_part(&a);

@@ -78,7 +78,7 @@ class _Step(ctypes.Structure):
         ("num_rows", _INT),
         *((name, _POINTER) for name in ("keys", "values")),
         *((name, _POINTER) for name in ("hidden", "qkv", "mixed", "middle", "normed", "scratch")),
-        *((name, _POINTER) for name in ("slots", "turns", "blocks")),
+        *((name, _POINTER) for name in ("slots", "turns", "blocks", "is_read")),
         *((name, _POINTER) for name in ("read", "logits", "best")),
         ("is_finite", _INT),
     )
@@ -337,7 +337,7 @@ class _Room:
         self._addresses: list[int] = []
 
     def of(self, tokens: int, threads: int) -> list[int]:
-        """Addresses of hidden, qkv, mixed, middle, normed, scratch, slots, turns and blocks."""
+        """Addresses of what a step works in, in the order in which _Step has them."""
         if tokens > self._size[0] or threads > self._size[1]:
             self._size = (max(tokens, self._size[0]), max(threads, self._size[1]))
             tokens, threads = self._size
@@ -350,8 +350,8 @@ class _Room:
                 self._scratch,
             )
             self._tensors = [torch.empty(tokens * width) for width in widths]
-            # A slot, a turn, and a block of four numbers of 32 bits.
-            self._tensors += [torch.empty(tokens * n, dtype=torch.int64) for n in (1, 1, 2)]
+            # A slot, a turn, a block of four numbers of 32 bits, and a byte.
+            self._tensors += [torch.empty(tokens * n, dtype=torch.int64) for n in (1, 1, 2, 1)]
             self._addresses = [tensor.data_ptr() for tensor in self._tensors]
         return self._addresses
 

@@ -224,7 +224,7 @@ void attend_part(const attention *a) {
         block b = a->blocks[i / kv_heads];
         int64_t k = i % kv_heads;
         int heads = heads_together(b.count, group, kv_heads, a->num_blocks, a->threads);
-        if (k % heads != 0) continue;
+        if (k % heads != 0 || (a->is_read && !memchr(a->is_read + b.token, 1, b.count))) continue;
         cache_view kv = {a->keys + k * LANES * dim, a->values + k * LANES * dim, page_stride,
                          group, dim, a->scale};
         const float *from = a->query + b.token * stride + k * group * dim;

@@ -26,6 +26,7 @@ typedef struct {
     int64_t num_blocks;
     float scale;
     int threads;
+    const uint8_t *is_read; /* null, or which tokens' results are of use */
 } attention;
 
 /* Stores the step's keys and values in their slots; none where `tokens` is 0. */
