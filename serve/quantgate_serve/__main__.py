@@ -156,6 +156,8 @@ async def _serve(
             app,
             log_level="warning",
             access_log=False,
+            # What a proxy says of its client matters to nobody but /debug, which looks itself.
+            proxy_headers=False,
             http=Connection.of(
                 headers_timeout_s=settings.headers_timeout_s,
                 read_timeout_s=settings.read_timeout_s,
