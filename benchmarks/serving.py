@@ -52,6 +52,8 @@ FLOOR_AND_KV = "compute floor plus KV bytes"
 # Sizes of continuous batching to try on a part of each workload; the best one runs the whole.
 _CONTINUOUS_SIZES = ((64, 512), (64, 256), (128, 1024))
 
+_FLOOR_ROUNDS = 9
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -99,6 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         if arguments.soak is not None:
             report, missed = run_soak(Path(name), count=arguments.soak)
+        elif arguments.floor is not None:
+            report, missed = run_floor(Path(name), rounds=arguments.floor)
         else:
             report, missed = run_speed(Path(name), quick=arguments.quick)
     report["machine"] = describe_machine()
@@ -138,6 +142,40 @@ def run_speed(folder: Path, *, quick: bool) -> tuple[dict[str, Any], list[str]]:
     return report, missed
 
 
+def run_floor(folder: Path, *, rounds: int) -> tuple[dict[str, Any], list[str]]:
+    """Our engine and the floor alone, a run of each in turn: what slows the machine slows both."""
+    write_model(folder / "model")
+    engine = OwnEngine(ServerSettings(model=folder / "model", device="cpu", prefix_cache=False))
+    linears = Linears(load_reference(folder / "model"))
+    report: dict[str, Any] = {}
+    missed = []
+    (target,) = [target for target in TARGETS if target.theirs == FLOOR]
+    for name, requests in (("A", workload_a(256)), ("B", workload_b(192))):
+        figures = Figures(requests)
+        for index in range(rounds):
+            arms = {FLOOR: lambda f=figures: _floor(f, engine, linears)}
+            arms[OWN] = lambda f=figures: engine.run(f.requests)
+            for arm in arms if index % 2 == 0 else reversed(arms):
+                figures.runs.setdefault(arm, []).append(arms[arm]())
+        pairs = zip(figures.runs[OWN], figures.runs[FLOOR], strict=True)
+        ratios = sorted(mine.tok_per_s / floor.tok_per_s for mine, floor in pairs)
+        ratio, least = median(ratios), target.minimum[name]
+        report[name] = {
+            "ratios": [round(found, 3) for found in ratios],
+            "tok_per_s": {
+                arm: [round(run.tok_per_s, 1) for run in runs] for arm, runs in figures.runs.items()
+            },
+            "notes": figures.notes,
+        }
+        print(
+            f"workload {name}: our engine / compute floor {ratio:.3f}, {ratios[0]:.3f} to "
+            f"{ratios[-1]:.3f} in {rounds} rounds (>= {least})"
+        )
+        if not ratio >= least:
+            missed.append(f"workload {name}: the engine is {ratio:.3f} of the floor, not {least}")
+    return report, missed
+
+
 def _run_rounds(
     figures: Figures,
     reference: Any,
@@ -152,29 +190,6 @@ def _run_rounds(
     figures.notes["continuous"] = dict(zip(("num_blocks", "max_batch_tokens"), sizes, strict=True))
     sample = requests[: 4 if quick else 16]
 
-    def floor() -> ArmResult:
-        latest = figures.runs[OWN][-1] if OWN in figures.runs else engine.run(requests)
-        found = measure_floor(
-            linears, requests, mean_batch=latest.mean_batch or 1.0, gemm=best_gemm_rate(linears)
-        )
-        figures.notes["floor"] = {
-            "gemm_gflop_per_s": round(found.gemm_flop_per_s / 1e9, 1),
-            "mean_batch": round(found.mean_batch, 1),
-            "decode_step_ms": round(found.decode_step_s * 1e3, 3),
-            "nn_linear_decode_step_ms": round(found.default_decode_step_s * 1e3, 3),
-        }
-        num_bytes = kv_bytes(requests, bytes_per_token=engine.loaded.kv_shape.bytes_per_token)
-        bandwidth = cold_bytes_per_s()
-        figures.notes["kv"] = {
-            "decode_gb": round(num_bytes / 1e9, 1),
-            "cold_gb_per_s": round(bandwidth / 1e9, 1),
-            "share_of_floor": round(num_bytes / bandwidth / found.duration_s, 3),
-        }
-        figures.runs.setdefault(FLOOR_AND_KV, []).append(
-            ArmResult(num_output(requests), found.duration_s + num_bytes / bandwidth)
-        )
-        return ArmResult(num_output(requests), found.duration_s)
-
     slow: dict[str, Callable[[], ArmResult]] = {
         STATIC: lambda: run_static(reference, requests, batch_size=16),
         ONE: lambda: run_static(reference, sample, batch_size=1),
@@ -183,7 +198,7 @@ def _run_rounds(
         ),
     }
     fast: dict[str, Callable[[], ArmResult]] = {
-        FLOOR: floor,
+        FLOOR: lambda: _floor(figures, engine, linears),
         OWN: lambda: engine.run(requests),
         HTTP: lambda: server.run(requests, stream=False),
         STREAM: lambda: server.run(requests, stream=True),
@@ -198,6 +213,32 @@ def _run_rounds(
     figures.notes["one at a time"] = f"{len(sample)} requests"
     figures.notes["same_tokens_as_static"] = _share_equal(figures, OWN, STATIC)
     figures.notes["continuous_same_tokens_as_static"] = _share_equal(figures, CONTINUOUS, STATIC)
+
+
+def _floor(figures: Figures, engine: OwnEngine, linears: Linears) -> ArmResult:
+    """The compute floor at the mean batch of the engine's last run."""
+    requests = figures.requests
+    latest = figures.runs[OWN][-1] if OWN in figures.runs else engine.run(requests)
+    found = measure_floor(
+        linears, requests, mean_batch=latest.mean_batch or 1.0, gemm=best_gemm_rate(linears)
+    )
+    figures.notes["floor"] = {
+        "gemm_gflop_per_s": round(found.gemm_flop_per_s / 1e9, 1),
+        "mean_batch": round(found.mean_batch, 1),
+        "decode_step_ms": round(found.decode_step_s * 1e3, 3),
+        "nn_linear_decode_step_ms": round(found.default_decode_step_s * 1e3, 3),
+    }
+    num_bytes = kv_bytes(requests, bytes_per_token=engine.loaded.kv_shape.bytes_per_token)
+    bandwidth = cold_bytes_per_s()
+    figures.notes["kv"] = {
+        "decode_gb": round(num_bytes / 1e9, 1),
+        "cold_gb_per_s": round(bandwidth / 1e9, 1),
+        "share_of_floor": round(num_bytes / bandwidth / found.duration_s, 3),
+    }
+    figures.runs.setdefault(FLOOR_AND_KV, []).append(
+        ArmResult(num_output(requests), found.duration_s + num_bytes / bandwidth)
+    )
+    return ArmResult(num_output(requests), found.duration_s)
 
 
 def _best_sizes(reference: Any, requests: list[BenchRequest], *, quick: bool) -> tuple[int, int]:
@@ -285,6 +326,14 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         nargs="?",
         const=DEFAULT_REQUESTS,
         help=f"instead: memory over this many requests (default {DEFAULT_REQUESTS})",
+    )
+    parser.add_argument(
+        "--floor",
+        type=int,
+        nargs="?",
+        const=_FLOOR_ROUNDS,
+        metavar="ROUNDS",
+        help=f"instead: our engine and the compute floor alone (default {_FLOOR_ROUNDS} rounds)",
     )
     return parser.parse_args(argv)
 
