@@ -153,7 +153,8 @@ static void decode_part(const decoder *d, step *s, int64_t num_blocks, int64_t t
                         int64_t threads, int64_t *ns) {
     const int64_t C = d->hidden, D = d->dim, mixed_width = d->num_heads * D;
     const int64_t stride = (d->num_heads + 2 * d->kv_heads) * D;
-    float *normed = s->normed + thread * s->tokens * C;
+    const int64_t most = s->tokens > s->num_rows ? s->tokens : s->num_rows;
+    float *normed = s->normed + thread * most * C;
     float *hidden = s->hidden, *mixed = s->mixed;
     int64_t tokens = s->tokens, then = ns ? now_ns(threads) : 0;
 #define COUNT(part)                      \

@@ -6,7 +6,7 @@ Shapes: T tokens of the step, R rows to read, C hidden size, N query heads, K ke
 import ctypes
 from array import array
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,21 +17,17 @@ from quantgate_serve import coded, huge_pages, linear
 from quantgate_serve.coded import CodedLinear, CodedProduct
 from quantgate_serve.finite import all_finite
 from quantgate_serve.kv.storage import KVStorage
+from quantgate_serve.native.angles import Angles, Integers
 from quantgate_serve.native.layer import LANES, MAX_HEAD_DIM, MAX_ROWS, LayerKernels
 from quantgate_serve.native.linear import NativeLinear, alternate, can_multiply, packed_size, stack
-from quantgate_serve.native.quantized import CHUNK
+from quantgate_serve.native.workspace import Workspace
 
 # What decoder.c counts its nanoseconds as, in this order.
 PARTS = ("embedding", "Linears", "norms", "rotation and KV writes", "attention", "logits")
 # Products of weights and tokens below which one thread is faster than a team.
 _MIN_PRODUCTS = 1 << 20
-# Positions whose angles are computed before more are needed.
-_FEW_ANGLES = 1024
 # What decoder.c says of a step that it cannot compute.
 _NO_EMBEDDING, _NO_ANGLES = -1, -2
-
-# Of 64 bits: array("q", …).
-Integers: TypeAlias = "array[int]"
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
@@ -108,7 +104,7 @@ class NativeDecoder(nn.Module):
         self.config = model.config
         self.embed_tokens = base.embed_tokens
         self.rotary = base.rotary_emb
-        self._angles = _Angles(base.rotary_emb)
+        self._angles = Angles(base.rotary_emb)
         layers: list[_NativeLayer | _CodedLayer] = []
         for index in range(len(base.layers)):
             made = _coded_layer(base.layers[index]) or _NativeLayer(base.layers[index], kernels)
@@ -117,21 +113,21 @@ class NativeDecoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = nn.Parameter(base.norm.weight.detach().contiguous(), requires_grad=False)
         self.lm_head = _head(model.lm_head, kernels)
-        # Where the time of the layers goes, by PARTS, for who puts a tensor [4] of int64 here.
+        # Where the time of the layers goes, by PARTS, for who puts a tensor of int64 here.
         self.spent_ns: Tensor | None = None
         self._kernels = kernels
         self._eps = float(base.norm.variance_epsilon)
         has_codes = any(isinstance(layer, _CodedLayer) for layer in self.layers)
-        self._room = _Room(self.config, int(attention.head_dim), has_codes=has_codes)
+        self._workspace = Workspace(self.config, int(attention.head_dim), has_codes=has_codes)
         head = _describe(self.lm_head) if isinstance(self.lm_head, NativeLinear) else _Linear()
         self._layers = (_Layer * len(layers))(*(layer.describe() for layer in layers))
         self._facts = _Decoder(
             ctypes.addressof(self._layers),
             len(layers),
-            self._room.num_heads,
-            self._room.kv_heads,
-            self._room.head_dim,
-            self._room.hidden,
+            self._workspace.num_heads,
+            self._workspace.kv_heads,
+            self._workspace.head_dim,
+            self._workspace.hidden,
             self._eps,
             float(attention.scaling),
             self.norm.data_ptr(),
@@ -187,11 +183,11 @@ class NativeDecoder(nn.Module):
         tokens, count = len(ids), len(rows)
         threads = torch.get_num_threads() if tokens * self._num_weights > _MIN_PRODUCTS else 1
         keys, values = self._addresses(kv)
-        room = self._room.of(max(tokens, count), threads)
+        room = self._workspace.of(max(tokens, count), threads)
         angles = self._angles.of(chunks)
         # A head that is watched is called, too.
         is_whole = _is_just(self.lm_head, NativeLinear)
-        read = torch.empty(count, self._room.hidden)
+        read = torch.empty(count, self._workspace.hidden)
         logits = torch.empty(count, self._num_logits if is_whole else 0)
         best = array("q", bytes(8 * count))
         facts = _Step(
@@ -234,39 +230,6 @@ class NativeDecoder(nn.Module):
             self._keys = addresses(*(tensor.data_ptr() for tensor in kv.keys))
             self._values = addresses(*(tensor.data_ptr() for tensor in kv.values))
         return self._keys, self._values
-
-
-class _Angles:
-    """By what a token is turned at its position: computed once for each, as the model does."""
-
-    def __init__(self, rotary: Any) -> None:
-        self._rotary = rotary
-        # These turn a token otherwise when a longer sequence is beside it.
-        self._are_by_token = "dynamic" in rotary.rope_type or rotary.rope_type == "longrope"
-        self._cos = self._sin = torch.empty(0)
-
-    def of(self, chunks: Integers) -> tuple[int, int, int, bool]:
-        """Addresses of cos and sin, how many rows they have, and whether those are by token.
-
-        Else they are by position, and perhaps too few of them.
-        """
-        if self._are_by_token:
-            pieces = zip(chunks[1::3], chunks[2::3], strict=True)
-            self._compute(torch.cat([torch.arange(at, at + length) for at, length in pieces]))
-        return *self._described(), self._are_by_token
-
-    def more(self) -> tuple[int, int, int]:
-        """Twice as many positions: where they are now, and how many."""
-        self._compute(torch.arange(max(_FEW_ANGLES, 2 * len(self._cos))))
-        return self._described()
-
-    def _described(self) -> tuple[int, int, int]:
-        return self._cos.data_ptr(), self._sin.data_ptr(), len(self._cos)
-
-    def _compute(self, positions: Tensor) -> None:
-        cos, sin = self._rotary(torch.empty(0), positions.unsqueeze(0))
-        half = cos.shape[-1] // 2
-        self._cos, self._sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
 
 class _NativeLayer(nn.Module):
@@ -320,40 +283,6 @@ class _CodedLayer(nn.Module):
             self.post_norm.data_ptr(),
             codes=(_POINTER * 4)(*(part.product.address for part in parts)),
         )
-
-
-class _Room:
-    """Memory that a step works in, kept from step to step."""
-
-    def __init__(self, config: Any, head_dim: int, *, has_codes: bool) -> None:
-        self.num_heads = int(config.num_attention_heads)
-        self.kv_heads = int(config.num_key_value_heads)
-        self.head_dim = head_dim
-        self.hidden = int(config.hidden_size)
-        self._middle = int(config.intermediate_size)
-        widest = max(self.num_heads * head_dim, self.hidden, self._middle)
-        self._scratch = -(-widest // CHUNK) * CHUNK if has_codes else 0
-        self._size = (0, 0)
-        self._addresses: list[int] = []
-
-    def of(self, tokens: int, threads: int) -> list[int]:
-        """Addresses of what a step works in, in the order in which _Step has them."""
-        if tokens > self._size[0] or threads > self._size[1]:
-            self._size = (max(tokens, self._size[0]), max(threads, self._size[1]))
-            tokens, threads = self._size
-            heads = (self.num_heads + 2 * self.kv_heads, self.num_heads)
-            widths = (
-                self.hidden,
-                *(count * self.head_dim for count in heads),
-                self._middle,
-                threads * self.hidden,
-                self._scratch,
-            )
-            self._tensors = [torch.empty(tokens * width) for width in widths]
-            # A slot, a turn, a block of four numbers of 32 bits, and a byte.
-            self._tensors += [torch.empty(tokens * n, dtype=torch.int64) for n in (1, 1, 2, 1)]
-            self._addresses = [tensor.data_ptr() for tensor in self._tensors]
-        return self._addresses
 
 
 def can_decode(model: Any) -> bool:

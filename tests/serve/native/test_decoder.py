@@ -148,6 +148,16 @@ def test_a_row_may_be_read_more_than_once_and_more_rows_than_there_are_tokens(
     assert torch.allclose(found, case.expected[[3, 0, 3, 1, 2, 3]], atol=1e-4)
 
 
+def test_threads_do_not_write_over_each_other_where_more_rows_are_read_than_there_are_tokens(
+    make_case: Callable[[str], Case],
+) -> None:
+    case = make_case("llama")
+    rows = [0, *range(40), *range(40)]  # as where every token is embedded, and more
+    alone = case.run(0, 40, rows)
+    for _ in range(20):
+        assert torch.equal(case.run(0, 40, rows, threads=3), alone)
+
+
 def test_weights_are_not_kept_twice(make_case: Callable[[str], Case]) -> None:
     case = make_case("llama")
     tensors = [*case.decoder.parameters(), *case.decoder.buffers()]
@@ -265,7 +275,7 @@ def test_angles_of_a_position_are_the_model_s_own(
 def test_a_position_beyond_the_angles_so_far_gets_its_own(
     make_case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantgate_serve.native.decoder._FEW_ANGLES", 3)
+    monkeypatch.setattr("quantgate_serve.native.angles._FEW_ANGLES", 3)
     case = make_case("llama")
     assert torch.allclose(case.run(0, 40, [39]), case.expected[[39]], atol=1e-4)
     assert len(case.decoder._angles._cos) == 48
