@@ -36,6 +36,7 @@ from quantgate_serve.native.decoder import PARTS, NativeDecoder
 from quantgate_serve.native_runner import NativeRunner
 from quantgate_serve.scheduler import Scheduler
 
+LOGITS = PARTS[-1]
 AROUND, SAMPLING = "around the call", "sampling"
 PLANNING, INPUTS, REPORTS = "planning", "inputs", "counts and reports"
 ALL_PARTS = (*PARTS, AROUND, SAMPLING, PLANNING, INPUTS, REPORTS)

@@ -27,13 +27,13 @@ def test_time_inside_another_part_is_not_counted_twice(module: Any) -> None:
 
 def test_shares_are_of_all_parts_of_the_chosen_steps(module: Any) -> None:
     steps = [
-        module.StepTimes(4, 4, True, {module.PLANNING: 0.001, module.HEAD: 0.003}),
-        module.StepTimes(2, 2, True, {module.HEAD: 0.004}),
+        module.StepTimes(4, 4, True, {module.PLANNING: 0.001, module.LOGITS: 0.003}),
+        module.StepTimes(2, 2, True, {module.LOGITS: 0.004}),
     ]
     first, *lines = module.table(steps, 0.002)
     assert first == "2 steps of 3.0 tokens, 4.00 ms each"
     assert [
-        line.split() for line in lines if line.split()[0] in (module.HEAD, module.PLANNING)
+        line.split() for line in lines if line.split()[0] in (module.LOGITS, module.PLANNING)
     ] == [
         ["logits", "3.500", "ms", "87.5%"],
         ["planning", "0.500", "ms", "12.5%"],
