@@ -196,6 +196,8 @@ class Connection(HttpToolsProtocol):
             raise _invalid(f"there must be one Host header, found {hosts}.")
         if self.parser.get_method() == b"CONNECT":
             raise _invalid("this server is no proxy.")
+        if not _has_path(self.url):
+            raise _invalid("the target is to be a path of ASCII characters.")
         if self.parser.should_upgrade():
             return  # see _feed
         extensions: dict[str, Any] = {LEAVING: self._watch}
@@ -275,6 +277,10 @@ class Connection(HttpToolsProtocol):
         self._stop_head_timer()
         if not self._owes_answer():
             self._refuse(error)
+        elif self.pipeline and self.cycle.more_body:
+            # It belongs to a request whose turn has not come: that one is never begun.
+            self.pipeline.popleft()
+            self._refusal = error
         elif self.cycle.more_body:
             # It belongs to the request that is read, which therefore never ends.
             self.cycle.disconnected = True
@@ -323,6 +329,15 @@ class Connection(HttpToolsProtocol):
                 b"connection: close\r\n\r\n%b" % (STATUS_LINE[error.status], len(body), body)
             )
         self.transport.close()
+
+
+def _has_path(target: bytes) -> bool:
+    """Whether uvicorn can tell the path of `target`; it takes that for granted."""
+    try:
+        path = httptools.parse_url(target).path
+    except httptools.HttpParserInvalidURLError:
+        return False
+    return path is not None and path.isascii()
 
 
 def _in_one_piece(app: ASGIApp) -> ASGIApp:

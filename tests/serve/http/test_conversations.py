@@ -228,7 +228,15 @@ def test_what_could_be_read_in_two_ways_is_refused(lines: bytes) -> None:
     talk(echo, conversation)
 
 
-@pytest.mark.parametrize("line", [b"GET / HTTP/2.0", b"CONNECT a:80 HTTP/1.1"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"GET / HTTP/2.0",
+        b"CONNECT a:80 HTTP/1.1",
+        b"GET http://a HTTP/1.1",
+        b"GET /\xff HTTP/1.1",
+    ],
+)
 def test_what_is_asked_otherwise_is_refused(line: bytes) -> None:
     async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(line + b"\r\nhost: a\r\n\r\n")
@@ -296,6 +304,22 @@ def test_broken_chunks_end_the_request_that_they_belong_to() -> None:
             pass
 
     talk(read, conversation)
+
+
+def test_broken_chunks_of_a_request_behind_one_wait_for_its_answer() -> None:
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["path"] == "/first"
+        await send({"type": "http.response.start", "status": 200, "headers": LENGTH})
+        await asyncio.sleep(0.2)
+        await send(piece(b"no"))
+
+    async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = b"POST /second HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+        writer.write(request("/first") + head + b"x\r\n")
+        answer = await reader.read()
+        assert answer.index(b"200 OK") < answer.index(b"\r\n\r\nno") < answer.index(b"400 Bad")
+
+    talk(slow, conversation)
 
 
 def test_pieces_are_written_at_once_until_the_client_must_read() -> None:
