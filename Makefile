@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FUZZ := .venv-fuzz
 
-CORE := measure measurements_file units spec gate policy finding resolution verdict verdicts_file statistics
+CORE := measure measurements_file units spec gate policy policy_sections finding resolution verdict verdicts_file statistics
 
 .PHONY: setup demo test test-slow fuzz coverage lint gates ui clean
 

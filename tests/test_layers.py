@@ -14,7 +14,8 @@ SERVER = ROOT / "serve" / "quantgate_serve"
 
 PURE = (
     "measure.py", "measurements_file.py", "units.py", "spec.py", "gate.py", "policy.py",
-    "finding.py", "resolution.py", "verdict.py", "verdicts_file.py", "statistics",
+    "policy_sections.py", "finding.py", "resolution.py", "verdict.py", "verdicts_file.py",
+    "statistics",
 )  # fmt: skip
 HEAVY = ("torch", "transformers", "mlflow", "bitsandbytes", "gptqmodel", "datasets", "evaluate")
 OFFLINE_USER = "quality/teacher.py"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from quantgate.errors import UsageError
 from quantgate.machine import choose_device, processor_of
-from quantgate.policy import Policy, Serving
+from quantgate.policy import Policy
+from quantgate.policy_sections import Serving
 from quantgate.quality.golden import GoldenSet, find_golden_set, load_golden_set
 from quantgate.quality.results import metrics_of
 from quantgate.quality.scoring import BINARY_SCORERS

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantgate.plan import Plan
-from quantgate.policy import VariantSpec
+from quantgate.policy_sections import VariantSpec
 from quantgate.quality.overlap import find_overlap
 from quantgate.variants.scheme import CALIBRATED_SCHEMES, DEFAULT_GROUP_SIZE
 

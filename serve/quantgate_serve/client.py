@@ -17,11 +17,11 @@ from quantgate_serve.channel import Counts, Loaded, Message, StepReport, Submit,
 from quantgate_serve.config import ServerSettings
 from quantgate_serve.engine_child import ChildState, EngineChild, Launch, launch_process
 from quantgate_serve.ledger import Ledger
-from quantgate_serve.memory import peak_resident_bytes
 from quantgate_serve.metrics import EngineMetrics, FrontMetrics
 from quantgate_serve.request import FinishReason, Request
 from quantgate_serve.restarts import Restarts
 from quantgate_serve.room import fits_beside
+from quantgate_serve.tally import Tally
 
 _log = logging.getLogger(__name__)
 # What comes during the warm-up waits in the engine's queue.
@@ -59,8 +59,7 @@ class EngineClient:
         self._others: list[EngineChild] = []
         # New requests wait here while one engine must end before the next can load.
         self._held: dict[int, Request] | None = None
-        # What engines that are gone had counted.
-        self._metrics_before = EngineMetrics()
+        self._tally = Tally()
         self._restarts = Restarts(settings.max_engine_restarts)
         self._is_stopping = False
         self._background: set[asyncio.Task[None]] = set()
@@ -119,19 +118,7 @@ class EngineClient:
         The peak is of device memory on CUDA; else of the resident memory of this process and the
         engine's together, and of both engines while one replaces the other.
         """
-        children = list(self._children())
-        serving = self._serving
-        counted = {child: child.counts.read() for child in children}
-        total = EngineMetrics() if serving is None else counted[serving]
-        peak = sum(metrics.now.peak_memory_bytes for metrics in counted.values())
-        for child, metrics in counted.items():
-            if child is not serving:
-                total.add(metrics)
-        total.add(self._metrics_before)
-        if any(child.loaded and child.loaded.device_type == "cpu" for child in children):
-            peak += peak_resident_bytes()
-        total.now.peak_memory_bytes = max(peak, self._metrics_before.now.peak_memory_bytes)
-        return total
+        return self._tally.total(list(self._children()), self._serving)
 
     async def count(self) -> None:
         """Wait until `metrics` has counted whatever was answered; for no step, so not for long."""
@@ -287,10 +274,7 @@ class EngineClient:
         reason = f"the engine's process has ended ({child.exit_text})"
         unfinished = [child.settle(id) for id in list(child.in_flight)]
         self._ledger.fail([request for request in unfinished if request is not None], reason)
-        peak_bytes = self.metrics.now.peak_memory_bytes
-        self._metrics_before.add(child.counts.read())
-        self._metrics_before.now.peak_memory_bytes = peak_bytes
-        child.counts = Counts.of(EngineMetrics())
+        self._tally.keep(child, peak_bytes=self.metrics.now.peak_memory_bytes)
         if child in self._others:
             self._others.remove(child)
             return

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from quantgate.plan import ReleaseRequest, make_plan
-from quantgate.policy import VariantSpec, load_policy
+from quantgate.policy import load_policy
+from quantgate.policy_sections import VariantSpec
 from quantgate.preflight import Preflight, check_variants, kernel_of, linear_widths
 from quantgate.variants.bitsandbytes_model import protected_skip_list, skipped_modules
 from quantgate.variants.source import demo_folder, open_source

@@ -21,8 +21,9 @@ from quantgate.quality.completions import (
     CompletionClient,
     complete_each,
 )
-from quantgate.quality.golden import GoldenSet, Task
+from quantgate.quality.golden import GoldenSet
 from quantgate.quality.rendering import RenderedPrompt
+from quantgate.quality.task import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

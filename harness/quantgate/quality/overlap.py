@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from quantgate.quality.golden import GoldenItem, GoldenSet
+from quantgate.quality.golden import GoldenSet
+from quantgate.quality.golden_items import GoldenItem
 
 # Shorter inputs ("hi") occur in any text without having been copied from it.
 _MIN_CHARACTERS = 24

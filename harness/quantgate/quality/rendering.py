@@ -9,7 +9,8 @@ from typing import Any
 
 from quantgate.errors import GoldenSetError
 from quantgate.files import sha256_of_file, sha256_of_json
-from quantgate.quality.golden import GoldenItem, GoldenSet
+from quantgate.quality.golden import GoldenSet
+from quantgate.quality.golden_items import GoldenItem
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 

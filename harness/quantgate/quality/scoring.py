@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quantgate.files import sha256_of_file, sha256_of_json
-from quantgate.quality.golden import Task
+from quantgate.quality.task import Task
 from quantgate_serve.imports import without
 
 

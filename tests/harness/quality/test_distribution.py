@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from quantgate.quality.distribution import Candidate, compare_with_reference
-from quantgate.quality.golden import GoldenItem
+from quantgate.quality.golden_items import GoldenItem
 from quantgate.quality.rendering import RenderedPrompt
 
 

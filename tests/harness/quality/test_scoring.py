@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.tokenizers import DefaultTokenizer
 
-from quantgate.quality.golden import Task
 from quantgate.quality.scoring import score_items, scorers_sha256
+from quantgate.quality.task import Task
 from quantgate.quality.words import words_of
 
 

@@ -8,9 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from quantgate.quality.answers import Answer
-from quantgate.quality.golden import Task
 from quantgate.quality.repetition import share_repeated
 from quantgate.quality.scripts import share_in_scripts
+from quantgate.quality.task import Task
 from quantgate.quality.validity import ValidityCheck, is_valid
 
 SCHEMA = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}

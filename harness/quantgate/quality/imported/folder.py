@@ -15,7 +15,9 @@ from pydantic import ValidationError
 
 from quantgate.errors import GoldenSetError, UsageError
 from quantgate.files import write_text
-from quantgate.quality.golden import ITEMS_NAME, TASK_NAME, GoldenItem, Task, parse_items
+from quantgate.quality.golden import ITEMS_NAME, TASK_NAME
+from quantgate.quality.golden_items import GoldenItem, parse_items
+from quantgate.quality.task import Task
 
 CARD_NAME = "CARD.md"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")

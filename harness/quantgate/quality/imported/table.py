@@ -16,7 +16,7 @@ from typing import Any
 
 from quantgate.errors import GoldenSetError
 from quantgate.files import sha256_of_bytes
-from quantgate.quality.golden import decode, read_json_lines
+from quantgate.quality.golden_items import decode, read_json_lines
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 

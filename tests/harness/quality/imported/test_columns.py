@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from quantgate.errors import GoldenSetError, UsageError
-from quantgate.quality.golden import GoldenItem, load_golden_set
+from quantgate.quality.golden import load_golden_set
+from quantgate.quality.golden_items import GoldenItem
 from quantgate.quality.imported.columns import Columns, import_table
 from quantgate.quality.imported.folder import checked_name, write_imported
 from quantgate.quality.imported.table import read_csv, read_jsonl
