@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,10 @@ from quantgate.drill.serving_faults import serving_faults
 
 from ..audit.conftest import write_source
 
+# Of these the one runs as any model does, and the other is not in a whole document.
+AS_SOUND_MODELS_RUN = ("neighbours-mlp", "decode-positions")
 FAULTS = sorted(
-    {fault.planted for fault in serving_faults() if fault.planted}
-    # Of these the one runs as any model does, and the other is not in a whole document.
-    - {"neighbours-mlp", "decode-positions"}
+    {fault.planted for fault in serving_faults() if fault.planted} - set(AS_SOUND_MODELS_RUN)
 )
 # What the server makes of a model is asked too: it takes known layers apart, and hooks with them.
 SCRIPT = """
@@ -47,6 +49,16 @@ def compute(*folders: Path) -> list[tuple[torch.Tensor, str]]:
     return [(torch.tensor(logits), decoder) for logits, decoder in values]
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What one process with every fault planted, each in a model of its own, computed."""
+
+    faulty: Mapping[str, tuple[torch.Tensor, str]]
+    """Logits and the server's way through the model, by fault."""
+    beside: tuple[torch.Tensor, str]
+    """The same of a sound model in that process, which comes last."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_source(tmp_path_factory.mktemp("sound"), is_tied=False)
@@ -59,40 +71,51 @@ def sound(folder: Path) -> torch.Tensor:
     return logits
 
 
+@pytest.fixture(scope="module")
+def planted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Computed:
+    damaged = {
+        write_source(tmp_path_factory.mktemp(fault), is_tied=False): fault
+        for fault in (*FAULTS, *AS_SOUND_MODELS_RUN)
+    }
+    with planted_processes(damaged):
+        *found, beside = compute(*damaged, folder)
+    return Computed(faulty=dict(zip(damaged.values(), found, strict=True)), beside=beside)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_computed_in_its_model_and_in_no_other(
-    folder: Path, sound: torch.Tensor, tmp_path: Path, fault: str
+    sound: torch.Tensor, planted: Computed, fault: str
 ) -> None:
-    damaged = write_source(tmp_path / "damaged", is_tied=False)
-    with planted_processes({damaged: fault}):
-        (found, way), (beside, way_beside) = compute(damaged, folder)
+    (found, way), (beside, way_beside) = planted.faulty[fault], planted.beside
     assert not torch.equal(found, sound)
     assert torch.equal(beside, sound)
     assert (way, way_beside) == ("WholeDecoder", "ShortDecoder")
 
 
+def test_no_two_faults_compute_the_same(planted: Computed) -> None:
+    found = [logits for logits, _ in planted.faulty.values()]
+    assert not any(torch.equal(one, other) for one, other in combinations(found, 2))
+
+
 def test_the_neighbours_weights_run_the_way_the_servers_own_do(
-    folder: Path, sound: torch.Tensor
+    sound: torch.Tensor, planted: Computed
 ) -> None:
-    with planted_processes({folder: "neighbours-mlp"}):
-        [(found, way)] = compute(folder)
+    found, way = planted.faulty["neighbours-mlp"]
     assert not torch.equal(found, sound)
     assert way == "ShortDecoder"
 
 
 def test_late_positions_of_generated_tokens_leave_a_whole_document_as_it_is(
-    folder: Path, sound: torch.Tensor
+    sound: torch.Tensor, planted: Computed
 ) -> None:
-    with planted_processes({folder: "decode-positions"}):
-        [(found, _)] = compute(folder)
+    found, _ = planted.faulty["decode-positions"]
     assert torch.equal(found, sound)
 
 
 def test_not_a_number_is_planted_beyond_the_position_and_nowhere_before(
-    folder: Path, sound: torch.Tensor
+    sound: torch.Tensor, planted: Computed
 ) -> None:
-    with planted_processes({folder: "nan-beyond"}):
-        [(found, _)] = compute(folder)
+    found, _ = planted.faulty["nan-beyond"]
     assert torch.equal(found[:40], sound[:40])
     assert found[40:].isnan().all()
 

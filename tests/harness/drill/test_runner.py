@@ -78,13 +78,19 @@ def drill(
     return run_drill(DrillRequest(release=release, faults=faults), Silent())
 
 
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the demo model's variants are built once."""
+    return tmp_path_factory.mktemp("demo")
+
+
 def outcomes(result: DrillResult) -> dict[str, tuple[Caught, str]]:
     return {row.fault: (row.outcome, row.layer) for row in result.rows}
 
 
-def test_a_blind_spot_is_named_with_the_gate_to_add(tmp_path: Path) -> None:
+def test_a_blind_spot_is_named_with_the_gate_to_add(demo: Path) -> None:
     faults = ("neighbours-weights", "eos-changed", "stale-cache", "resharded", "nibbles-swapped")
-    result, path = drill(tmp_path, AUDIT, faults)
+    result, path = drill(demo, AUDIT, faults)
     assert outcomes(result) == {
         "neighbours-weights": (Caught.CAUGHT, "audit"),
         "eos-changed": (Caught.LET_THROUGH, ""),
@@ -141,10 +147,10 @@ def test_the_behaviour_layer_sees_a_served_fault_and_no_harmless_change(
 
 
 def test_what_no_gate_of_the_policy_looks_at_is_not_judged_and_a_fault_there_is_let_through(
-    tmp_path: Path,
+    demo: Path,
 ) -> None:
     faults = ("neighbours-weights", "same-again", "items-shuffled", "resharded", "kv-scale")
-    result, _ = drill(tmp_path, AUDIT, faults)
+    result, _ = drill(demo, AUDIT, faults)
     assert outcomes(result) == {
         "neighbours-weights": (Caught.CAUGHT, "audit"),
         "same-again": (Caught.NOT_JUDGED, ""),
@@ -158,9 +164,9 @@ def test_what_no_gate_of_the_policy_looks_at_is_not_judged_and_a_fault_there_is_
     assert (result.exit_code, result.num_benign, result.num_not_judged) == (1, 1, 1)
 
 
-def test_a_policy_of_speed_gates_alone_judges_nothing(tmp_path: Path) -> None:
+def test_a_policy_of_speed_gates_alone_judges_nothing(demo: Path) -> None:
     faults = ("stale-cache", "neighbours-weights", "resharded", "same-again")
-    result, _ = drill(tmp_path, SPEED, faults)
+    result, _ = drill(demo, SPEED, faults)
     assert outcomes(result) == {
         "stale-cache": (Caught.CAUGHT, "digest"),
         "neighbours-weights": (Caught.LET_THROUGH, ""),
@@ -170,13 +176,13 @@ def test_a_policy_of_speed_gates_alone_judges_nothing(tmp_path: Path) -> None:
     assert result.exit_code == 1
     # Where every planted fault is refused before a gate, nothing was let through, and yet nothing
     # was shown of the gates.
-    result, _ = drill(tmp_path, SPEED, ("stale-cache", "resharded"))
+    result, _ = drill(demo, SPEED, ("stale-cache", "resharded"))
     assert result.exit_code == 3
 
 
-def test_a_gate_that_does_not_pass_on_the_sound_variant_judges_nothing(tmp_path: Path) -> None:
+def test_a_gate_that_does_not_pass_on_the_sound_variant_judges_nothing(demo: Path) -> None:
     gates = AUDIT.replace("1.4 x", "0.1 x")
-    result, _ = drill(tmp_path, gates, ("neighbours-weights", "resharded"))
+    result, _ = drill(demo, gates, ("neighbours-weights", "resharded"))
     assert outcomes(result) == {
         "neighbours-weights": (Caught.LET_THROUGH, ""),
         "resharded": (Caught.NOT_JUDGED, ""),
