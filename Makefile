@@ -28,8 +28,9 @@ demo: setup
 	  *) exit $$code;; \
 	esac
 
+# Two workers, shared out as tests/conftest.py says; any single file runs without them, as `python -m pytest FILE`.
 test: setup
-	$(BIN)/python -m pytest -m "not slow" tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" tests
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow tests
