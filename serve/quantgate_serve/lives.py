@@ -10,7 +10,9 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from operator import attrgetter
 from time import perf_counter_ns, time_ns
+from typing import Any
 
 from quantgate_serve.request import Request
 
@@ -45,45 +47,57 @@ class Life:
         return max((at for at in stations if at is not None), default=0.0)
 
 
+# What a life is told from. Taken as it is when a request ends: its client waits meanwhile.
+_taken = attrgetter(
+    *("id", "arrived_ns", "priority", "tenant", "num_prompt", "num_cached", "num_output"),
+    *("num_preemptions", "tokenized_ns", "queued_ns", "scheduled_ns", "first_token_ns"),
+    *("last_token_ns", "finished_ns", "finish_reason", "error"),
+)
+
+
 class Lives:
     """The last `max_lives` requests that ended. One thread uses it."""
 
     def __init__(self, max_lives: int = MAX_LIVES) -> None:
-        self._ended: deque[Life] = deque(maxlen=max_lives)
+        self._ended: deque[tuple[Any, ...]] = deque(maxlen=max_lives)
         self._secret = os.urandom(16)
         # perf_counter_ns has no date; the two clocks are compared once.
         self._epoch_ns = time_ns() - perf_counter_ns()
 
     def add(self, request: Request) -> None:
         """Remember `request`, which has ended."""
-        self._ended.append(self._life(request))
+        self._ended.append(_taken(request))
 
     def recent(self, in_flight: Iterable[Request] = ()) -> list[Life]:
         """Those in flight, the oldest first, then those that ended, the newest first."""
-        return [*map(self._life, in_flight), *reversed(self._ended)]
+        return [self._life(taken) for taken in (*map(_taken, in_flight), *reversed(self._ended))]
 
-    def _life(self, request: Request) -> Life:
+    def _life(self, taken: tuple[Any, ...]) -> Life:
+        id, arrived_ns, priority, tenant, prompt, cached, output, preemptions = taken[:8]
+        stations_ns, finish_reason, error = taken[8:14], *taken[14:]
+
         def after(at_ns: int) -> float | None:
-            return round((at_ns - request.arrived_ns) / 1e6, 3) if at_ns else None
+            return round((at_ns - arrived_ns) / 1e6, 3) if at_ns else None
 
-        arrived = datetime.fromtimestamp((self._epoch_ns + request.arrived_ns) / 1e9, tz=UTC)
+        tokenized, queued, admitted, first_token, last_token, finished = map(after, stations_ns)
+        arrived = datetime.fromtimestamp((self._epoch_ns + arrived_ns) / 1e9, tz=UTC)
         return Life(
-            id=request.id,
+            id=id,
             arrived=arrived.isoformat(timespec="milliseconds"),
-            priority=request.priority.label,
-            tenant=self._hash(request.tenant),
-            prompt_tokens=request.num_prompt,
-            cached_tokens=request.num_cached,
-            output_tokens=request.num_output,
-            preemptions=request.num_preemptions,
-            tokenized_ms=after(request.tokenized_ns),
-            queued_ms=after(request.queued_ns),
-            admitted_ms=after(request.scheduled_ns),
-            first_token_ms=after(request.first_token_ns),
-            last_token_ms=after(request.last_token_ns),
-            finished_ms=after(request.finished_ns),
-            finish_reason=None if request.finish_reason is None else request.finish_reason.value,
-            error=None if request.error is None else request.error.code,
+            priority=priority.label,
+            tenant=self._hash(tenant),
+            prompt_tokens=prompt,
+            cached_tokens=cached,
+            output_tokens=output,
+            preemptions=preemptions,
+            tokenized_ms=tokenized,
+            queued_ms=queued,
+            admitted_ms=admitted,
+            first_token_ms=first_token,
+            last_token_ms=last_token,
+            finished_ms=finished,
+            finish_reason=None if finish_reason is None else finish_reason.value,
+            error=None if error is None else error.code,
         )
 
     def _hash(self, tenant: str) -> str:

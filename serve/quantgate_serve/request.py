@@ -6,8 +6,7 @@ Only the scheduler moves a request from state to state; the engine appends token
 import enum
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from operator import attrgetter
+from dataclasses import dataclass, field
 from time import perf_counter_ns
 
 import numpy as np
@@ -76,10 +75,6 @@ class SamplingParams:
     # Asks for no token but for the mean of the last hidden states over the prompt.
     embeds: bool = False
 
-    def __reduce__(self) -> tuple[type["SamplingParams"], tuple[object, ...]]:
-        # Goes to the engine with each request: as a tuple of its values half the time.
-        return SamplingParams, _values(self)
-
     @property
     def is_greedy(self) -> bool:
         # Below this the division by the temperature overflows; vLLM draws the line here too.
@@ -98,11 +93,6 @@ class SamplingParams:
     @property
     def wants_logprobs(self) -> bool:
         return self.num_logprobs is not None or bool(self.logprob_token_ids)
-
-
-_values: Callable[[SamplingParams], tuple[object, ...]] = attrgetter(
-    *(f.name for f in fields(SamplingParams))
-)
 
 
 @dataclass(frozen=True, slots=True)

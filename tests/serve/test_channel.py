@@ -14,6 +14,7 @@ from quantgate_serve.channel import (
     Channel,
     ChannelClosedError,
     Counts,
+    Ended,
     Frames,
     Message,
     StepReport,
@@ -30,6 +31,7 @@ from quantgate_serve.detokenize import TextStream
 from quantgate_serve.metrics import EngineMetrics
 from quantgate_serve.request import (
     FinishReason,
+    Priority,
     Request,
     RequestError,
     RequestState,
@@ -73,10 +75,13 @@ def test_a_copy_asks_for_the_same_and_takes_no_text_along() -> None:
         SamplingParams(max_tokens=3, temperature=0.5),
         text=TextStream(lambda ids: "", stop=["a"]),
         listener=lambda delta: None,
+        priority=Priority.BULK,
     )
     copy = request_of(asked(request))
     assert (copy.text, copy.listener) == (None, None)
     assert asked(copy) == asked(request)
+    assert (copy.params, copy.priority) == (request.params, Priority.BULK)
+    assert type(copy.priority) is Priority
     assert copy.token_ids == [5, 6]
 
 
@@ -87,6 +92,20 @@ def test_progress_comes_back() -> None:
     set_progress(request, progress(copy))
     assert progress(request) == progress(copy)
     assert request.is_finished
+    for name in PROGRESS:
+        assert getattr(request, name) == getattr(copy, name)
+        assert type(getattr(request, name)) is type(getattr(copy, name))
+
+
+def test_what_requests_wait_for_travels_without_classes() -> None:
+    """A class or an enum costs both sides Python code, beside a model that uses the caches."""
+    request = Request([5], SamplingParams())
+    request.finish_reason, request.error = FinishReason.ERROR, RequestError("no", "why")
+    report = StepReport([], [], [], {}, [Ended(1, [7], [], [], progress(request))], True)
+    for message in (Submit([asked(request)]), report):
+        data = frame(message)
+        assert Frames().feed(data) == [message]
+        assert b"quantgate" not in data
 
 
 def test_log_probabilities_come_back() -> None:

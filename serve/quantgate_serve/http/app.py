@@ -1,14 +1,15 @@
 """The ASGI application: which path leads where, and errors in OpenAI's form."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp
 
 from quantgate_serve import exposition
 from quantgate_serve.channel import Loaded
@@ -16,12 +17,23 @@ from quantgate_serve.http import debug, exchange, openapi, responses
 from quantgate_serve.http.chat import chat_completions
 from quantgate_serve.http.completions import completions
 from quantgate_serve.http.embeddings import embeddings
-from quantgate_serve.http.errors import ApiError
+from quantgate_serve.http.errors import ApiError, unexpected
 from quantgate_serve.http.request_id import RequestIds
 from quantgate_serve.http.service import Service
 from quantgate_serve.http.shortcut import Answer, Shortcut
 
 ErrorForm = Callable[[HttpRequest, Exception], Awaitable[Response]]
+
+
+class _App(Starlette):
+    """Puts what every request passes around Starlette's own layers, of which most need none."""
+
+    def __init__(self, answers: Mapping[str, Answer], **options: Any) -> None:
+        super().__init__(**options)
+        self._answers = answers
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return RequestIds(Shortcut(super().build_middleware_stack(), self._answers))
 
 
 def build_app(service: Service) -> Starlette:
@@ -31,14 +43,14 @@ def build_app(service: Service) -> Starlette:
         "/v1/chat/completions": _route(service, chat_completions),
         "/v1/embeddings": _route(service, embeddings),
     }
-    app = Starlette(
+    app = _App(
+        answers,
         routes=[
             # For other methods than the shortcut's.
             *(Route(path, answer, methods=["POST"]) for path, answer in answers.items()),
             *_models(service),
             *_probes(service),
         ],
-        middleware=[Middleware(RequestIds), Middleware(Shortcut, answers=answers)],
         exception_handlers=_error_forms(),
     )
     # A redirect to a path without the slash would name the host that the client claims to ask.
@@ -137,11 +149,11 @@ def _kernels(loaded: Loaded | None) -> list[responses.Json]:
 
 def _error_forms() -> dict[int | type[Exception], ErrorForm]:
     async def api_error(_: HttpRequest, error: Exception) -> Response:
-        return error.response() if isinstance(error, ApiError) else _unexpected(error)
+        return error.response() if isinstance(error, ApiError) else unexpected(error).response()
 
     async def http_error(_: HttpRequest, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
-            return _unexpected(error)
+            return unexpected(error).response()
         headers = dict(error.headers or {})
         found = ApiError(error.status_code, str(error.detail), code="http_error", headers=headers)
         return found.response()
@@ -150,7 +162,7 @@ def _error_forms() -> dict[int | type[Exception], ErrorForm]:
         return Response(status_code=499)  # nobody reads it; nginx's number for the access log
 
     async def other(_: HttpRequest, error: Exception) -> Response:
-        return _unexpected(error)
+        return unexpected(error).response()
 
     return {
         ApiError: api_error,
@@ -158,7 +170,3 @@ def _error_forms() -> dict[int | type[Exception], ErrorForm]:
         exchange.ClientGoneError: client_gone,
         Exception: other,
     }
-
-
-def _unexpected(error: Exception) -> Response:
-    return ApiError(500, f"internal error: {type(error).__name__}", code="internal").response()

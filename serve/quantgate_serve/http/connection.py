@@ -6,8 +6,8 @@ memory for as long as it likes; uvicorn itself bounds only the pause between two
 
 import asyncio
 import json
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol, TypeVar
 
 import httptools
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,6 +26,10 @@ MAX_HEAD_BYTES = 65_536
 LEAVING = "quantgate.leaving"
 # The one by which it writes pieces of a stream without a task's turn: see `Pieces`.
 PIECES = "quantgate.pieces"
+# The one by which it asks for a body without waiting: the body if all of it has come, else None.
+# Most have come with their head, and need neither a timer nor messages.
+WHOLE_BODY = "quantgate.whole_body"
+Result = TypeVar("Result")
 
 
 class Pieces(Protocol):
@@ -51,14 +55,27 @@ class CyclePieces:
         return cycle.response_started and not (cycle.response_complete or cycle.flow.write_paused)
 
     def put(self, body: bytes) -> None:
-        sending = self._cycle.send({"type": "http.response.body", "body": body, "more_body": True})
-        # It waits for nothing but for what is_writable tells, so one step is all of it.
-        try:
-            sending.send(None)
-        except StopIteration:
-            return
-        sending.close()
-        raise RuntimeError("a piece was put where nothing can be written")
+        # It waits for nothing but for what is_writable tells.
+        _at_once(
+            self._cycle.send({"type": "http.response.body", "body": body, "more_body": True}),
+            otherwise="a piece was put where nothing can be written",
+        )
+
+
+class WholeBody:
+    """The body of one of uvicorn's cycles, once all of it has come."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+
+    def __call__(self) -> bytes | None:
+        """Take the body; None while some of it is missing, and once it has been taken."""
+        cycle = self._cycle
+        if cycle.more_body or cycle.disconnected or not cycle.message_event.is_set():
+            return None
+        message: Any = _at_once(cycle.receive(), otherwise="the body is not there")
+        body: bytes = message["body"]
+        return body
 
 
 class JoinedWrites(asyncio.Transport):
@@ -77,11 +94,17 @@ class JoinedWrites(asyncio.Transport):
         if not data:
             return
         if not self._unsent:
-            self._loop.call_soon(self._flush)
+            self._loop.call_soon(self.flush)
         self._unsent.append(bytes(data))
 
+    def flush(self) -> None:
+        """Send what was written now: no more of it comes in this turn."""
+        pieces, self._unsent = self._unsent, []
+        if pieces and not self._transport.is_closing():
+            self._transport.write(b"".join(pieces))
+
     def close(self) -> None:
-        self._flush()
+        self.flush()
         self._transport.close()
 
     def abort(self) -> None:
@@ -102,11 +125,6 @@ class JoinedWrites(asyncio.Transport):
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
         self._transport.set_protocol(protocol)
-
-    def _flush(self) -> None:
-        pieces, self._unsent = self._unsent, []
-        if pieces and not self._transport.is_closing():
-            self._transport.write(b"".join(pieces))
 
 
 class Connection(HttpToolsProtocol):
@@ -139,7 +157,8 @@ class Connection(HttpToolsProtocol):
     # asyncio's side.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(JoinedWrites(transport, self.loop))
+        self._writes = JoinedWrites(transport, self.loop)
+        super().connection_made(self._writes)
         self._watch_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -203,6 +222,7 @@ class Connection(HttpToolsProtocol):
         extensions: dict[str, Any] = {LEAVING: self._watch}
         self.scope["extensions"] = extensions
         super().on_headers_complete()
+        extensions[WHOLE_BODY] = WholeBody(self.cycle)
         if version == "1.1":
             extensions[PIECES] = CyclePieces(self.cycle)
         if self.expect_100_continue:
@@ -218,6 +238,7 @@ class Connection(HttpToolsProtocol):
     # uvicorn's side.
 
     def on_response_complete(self) -> None:
+        self._writes.flush()
         super().on_response_complete()
         if self.transport.is_closing() or self.pipeline:
             return
@@ -329,6 +350,21 @@ class Connection(HttpToolsProtocol):
                 b"connection: close\r\n\r\n%b" % (STATUS_LINE[error.status], len(body), body)
             )
         self.transport.close()
+
+
+def _at_once(work: Coroutine[Any, Any, Result], *, otherwise: str) -> Result:
+    """The result of `work`, which has nothing to wait for.
+
+    Raises:
+        RuntimeError: `otherwise`, it has.
+    """
+    try:
+        work.send(None)
+    except StopIteration as done:
+        result: Result = done.value
+        return result
+    work.close()
+    raise RuntimeError(otherwise)
 
 
 def _has_path(target: bytes) -> bool:

@@ -58,6 +58,11 @@ class ApiError(Exception):
         return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
 
 
+def unexpected(error: Exception) -> ApiError:
+    """A 500 for a fault of the server's own."""
+    return ApiError(500, f"internal error: {type(error).__name__}", code="internal")
+
+
 def invalid(param: str | None, message: str) -> ApiError:
     """A 400 about one value; `message` says what was expected."""
     text = message if param is None else f"{_shortened(param, _MAX_PARAM_CHARS)}: {message}"

@@ -10,6 +10,13 @@ from typing import Any, NoReturn
 from quantgate_serve.http.errors import ApiError
 
 
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
 def parse_object(raw: bytes) -> dict[str, Any]:
     """The object that `raw` holds.
 
@@ -18,7 +25,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     """
     try:
         text = raw.decode("utf-8")
-        values = json.loads(text, parse_constant=_refuse_constant)
+        values = _DECODER.decode(text)
         if b"\\u" in raw:
             json.dumps(values, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -32,10 +39,6 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ApiError(400, "the body is not a JSON object.", code="invalid_json")
     return values
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def _no_json(reason: str) -> ApiError:

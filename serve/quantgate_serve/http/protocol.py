@@ -358,20 +358,26 @@ def choose_seed(seed: int | None) -> int:
     return random.getrandbits(63) if seed is None else seed
 
 
+# What may only be asked for at the values that change nothing, beside null.
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "frequency_penalty": (0.0,),
+    "presence_penalty": (0.0,),
+    "repetition_penalty": (1.0,),
+    "min_p": (0.0,),
+    "logit_bias": ({},),
+    "suffix": ("",),
+    "tools": ([],),
+    "best_of": (1,),
+}
+
+
 def _refuse_unsupported(body: GenerationBody) -> None:
-    neutral: dict[str, tuple[object, ...]] = {
-        "frequency_penalty": (None, 0.0),
-        "presence_penalty": (None, 0.0),
-        "repetition_penalty": (None, 1.0),
-        "min_p": (None, 0.0),
-        "logit_bias": (None, {}),
-        "suffix": (None, ""),
-        "tools": (None, []),
-        "best_of": (None, 1, body.n),
-    }
-    for name, accepted in neutral.items():
-        value = getattr(body, name, None)
-        if value not in accepted:
+    given = body.model_fields_set
+    for name, neutral in _NEUTRAL.items():
+        if name not in given:
+            continue
+        value = getattr(body, name)
+        if value not in neutral and not (name == "best_of" and value == body.n):
             raise ApiError(
                 400, f"{name} is not supported by this server; leave it out.",
                 param=name, code="unsupported_value",

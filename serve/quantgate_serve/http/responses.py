@@ -1,5 +1,6 @@
 """Answers in OpenAI's form, built from finished or growing requests as plain dictionaries."""
 
+import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,13 @@ from quantgate_serve.request import FinishReason, Origin, Request, TokenLogprob
 from quantgate_serve.vocabulary import Vocabulary
 
 Json = dict[str, Any]
+# As Starlette's own answers are written, without making an encoder for each.
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
+
+
+class _AnswerResponse(JSONResponse):
+    def render(self, content: Any) -> bytes:
+        return _encode(content).encode()
 
 
 def new_id(prefix: str) -> str:
@@ -73,7 +81,7 @@ def answer(
     num_choices: int,
 ) -> JSONResponse:
     """The whole answer around `choices`; each prompt has `num_choices` of them."""
-    return JSONResponse(
+    return _AnswerResponse(
         {
             "id": new_id(prefix),
             "object": kind,

@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter, perf_counter_ns
 from typing import TypeVar
 
+from starlette.datastructures import Headers
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -16,6 +17,7 @@ from quantgate_serve.client import EngineClient
 from quantgate_serve.detokenize import TextStream
 from quantgate_serve.exposition import Exposition
 from quantgate_serve.http import responses
+from quantgate_serve.http.connection import WHOLE_BODY
 from quantgate_serve.http.errors import ApiError, invalid
 from quantgate_serve.http.exchange import ClientGoneError
 from quantgate_serve.http.prompts import MAX_PROMPTS, Prompts, check_token_ids, encode_texts
@@ -142,8 +144,7 @@ class Service:
         tenant = self.tenant(http)
         body = parse_body(schema, await self._read(http))
         self.check_model(body.model)
-        asked = _asked(body, tenant, http.headers.get(DEADLINE_HEADER), arrived_ns)
-        return body, replace(asked, traceparent=http.headers.get("traceparent"))
+        return body, _asked(body, tenant, http.headers, arrived_ns)
 
     async def encode(
         self, prompts: Prompts, *, add_special_tokens: bool, param: str
@@ -266,19 +267,34 @@ class Service:
             ApiError: refused.
             ClientGoneError: the client left before it had sent all of it.
         """
+        body: bytes | None = http.scope["extensions"][WHOLE_BODY]()
+        if body is None:
+            body = await self._receive(http)
+        limit = self.limits.max_body_bytes
+        if body is None or len(body) > limit:
+            raise ApiError(
+                413,
+                f"the body is larger than {limit} bytes.",
+                code="request_too_large",
+                headers={"connection": "close"},
+            )
+        return body
+
+    async def _receive(self, http: HttpRequest) -> bytes | None:
+        """The body as it comes; None as soon as it is known to be too large."""
         limit = self.limits.max_body_bytes
         declared = http.headers.get("content-length", "0")
-        size = int(declared) if declared.isdecimal() and len(declared) < 20 else 0
+        if declared.isdecimal() and len(declared) < 20 and int(declared) > limit:
+            return None
         body = bytearray()
         try:
             async with asyncio.timeout(self.limits.body_timeout_s):
                 more = True
-                while more and size <= limit:
+                while more and len(body) <= limit:
                     message = await http.receive()
                     if message["type"] == "http.disconnect":
                         raise ClientGoneError
                     body += message["body"]
-                    size = max(size, len(body))
                     more = message["more_body"]
         except TimeoutError as error:
             raise ApiError(
@@ -287,17 +303,10 @@ class Service:
                 code="request_timeout",
                 headers={"connection": "close"},
             ) from error
-        if size > limit:
-            raise ApiError(
-                413,
-                f"the body is larger than {limit} bytes.",
-                code="request_too_large",
-                headers={"connection": "close"},
-            )
         return bytes(body)
 
 
-def _asked(body: RequestBody, tenant: Tenant, header: str | None, arrived_ns: int) -> Asked:
+def _asked(body: RequestBody, tenant: Tenant, headers: Headers, arrived_ns: int) -> Asked:
     name = body.priority or tenant.default_class
     if name not in tenant.classes:
         raise ApiError(
@@ -307,6 +316,7 @@ def _asked(body: RequestBody, tenant: Tenant, header: str | None, arrived_ns: in
             code="priority_not_allowed",
         )
     limits_ms = [] if body.deadline_ms is None else [body.deadline_ms]
+    header = headers.get(DEADLINE_HEADER)
     if header is not None:
         limits_ms.append(_header_ms(header))
     return Asked(
@@ -314,6 +324,7 @@ def _asked(body: RequestBody, tenant: Tenant, header: str | None, arrived_ns: in
         priority=Priority[name.upper()],
         arrived_ns=arrived_ns,
         deadline_ns=arrived_ns + int(min(limits_ms) * 1e6) if limits_ms else None,
+        traceparent=headers.get("traceparent"),
     )
 
 

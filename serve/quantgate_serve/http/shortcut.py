@@ -10,14 +10,14 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from quantgate_serve.http.errors import ApiError
+from quantgate_serve.http.errors import ApiError, unexpected
 from quantgate_serve.http.exchange import ClientGoneError
 
 Answer = Callable[[HttpRequest], Awaitable[Response]]
 
 
 class Shortcut:
-    """ASGI middleware. The answers' own errors have the form that the routes would give them."""
+    """ASGI middleware around all others. Errors have the form that the routes would give them."""
 
     def __init__(self, app: ASGIApp, answers: Mapping[str, Answer]) -> None:
         self._app = app
@@ -36,4 +36,7 @@ class Shortcut:
             response = error.response()
         except ClientGoneError:
             return
+        except Exception as error:
+            await unexpected(error).response()(scope, receive, send)
+            raise  # uvicorn logs it
         await response(scope, receive, send)

@@ -14,7 +14,13 @@ class CacheRoots:
 
     def __init__(self) -> None:
         self._secret = secrets.token_bytes(32)
+        # Kept, because each request asks: as many as there are tenants.
+        self._names: dict[str, str] = {}
 
     def of(self, tenant: str) -> str:
         """`Request.cache_root` for `tenant`: the same for the same tenant until the server ends."""
-        return hmac.digest(self._secret, tenant.encode(), "sha256").hex()
+        name = self._names.get(tenant)
+        if name is None:
+            name = hmac.digest(self._secret, tenant.encode(), "sha256").hex()
+            self._names[tenant] = name
+        return name

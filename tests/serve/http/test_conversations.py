@@ -10,7 +10,13 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from quantgate_serve.http.connection import LEAVING, PIECES, Connection, Pieces
+from quantgate_serve.http.connection import (
+    LEAVING,
+    PIECES,
+    WHOLE_BODY,
+    Connection,
+    Pieces,
+)
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 talking: list[Connection] = []
@@ -347,6 +353,71 @@ def test_pieces_are_written_at_once_until_the_client_must_read() -> None:
 
     talk(pour, conversation)
     assert counts
+
+
+def test_a_body_is_taken_whole_once_all_of_it_has_come() -> None:
+    found: list[bytes | None] = []
+
+    async def take(scope: Scope, receive: Receive, send: Send) -> None:
+        whole: Callable[[], bytes | None] = scope["extensions"][WHOLE_BODY]
+        found.append(whole())
+        while found[-1] is None:
+            await asyncio.sleep(0.01)
+            found.append(whole())
+        found.append(whole())  # it has been taken
+        await send({"type": "http.response.start", "status": 200, "headers": LENGTH})
+        await send(piece(b"ok"))
+
+    async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 4\r\n\r\n"
+        writer.write(head + b"body")
+        await reader.readuntil(b"\r\n\r\nok")
+        assert found == [b"body", None]
+        found.clear()
+        writer.write(head + b"bo")
+        await asyncio.sleep(0.1)
+        assert set(found) == {None}
+        writer.write(b"dy")
+        await reader.readuntil(b"\r\n\r\nok")
+        assert found[-2:] == [b"body", None]
+
+    talk(take, conversation)
+
+
+def test_who_waits_to_be_asked_for_a_body_is_asked() -> None:
+    async def take(scope: Scope, receive: Receive, send: Send) -> None:
+        assert scope["extensions"][WHOLE_BODY]() is None
+        await echo(scope, receive, send)
+
+    async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(
+            b"POST /a HTTP/1.1\r\nhost: a\r\nexpect: 100-continue\r\ncontent-length: 2\r\n\r\n"
+        )
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(b"hi")
+        assert (await read_chunked(reader))[1] == b"/ahi"
+
+    talk(take, conversation)
+
+
+def test_a_large_body_that_was_taken_whole_leaves_the_client_watched() -> None:
+    """uvicorn stops reading above 64 KiB, and who is not read is not seen to leave."""
+    left, before = asyncio.Event(), len(talking)
+
+    async def take(scope: Scope, receive: Receive, send: Send) -> None:
+        assert len(scope["extensions"][WHOLE_BODY]()) == 100_000
+        scope["extensions"][LEAVING](left.set)
+        await asyncio.wait_for(left.wait(), 5)
+
+    async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 100000\r\n\r\n"
+        while len(talking) == before:
+            await asyncio.sleep(0.01)
+        talking[-1].data_received(head + b"x" * 100_000)  # in one piece, as it may come
+        await asyncio.sleep(0.1)
+
+    talk(take, conversation)
+    assert left.is_set()
 
 
 @pytest.mark.parametrize("leaves", ["before", "while"])
