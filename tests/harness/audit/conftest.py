@@ -84,11 +84,6 @@ class Artifact:
         return audit_artifact(self.source, self.outline, self.folder, self.manifest)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session", params=[False, True], ids=["untied", "tied"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SourceModel:
     return open_source(str(write_source(tmp_path_factory.mktemp("source"), is_tied=request.param)))

@@ -11,9 +11,9 @@ from quantgate.drill.artifact import MutableArtifact
 from quantgate.variants.build import Variant
 from quantgate.variants.source import SourceModel
 
-from ..audit.conftest import Artifact, _one_thread, build, source, untied_source
+from ..audit.conftest import Artifact, build, source, untied_source
 
-__all__ = ["_one_thread", "build", "source", "untied_source"]
+__all__ = ["build", "source", "untied_source"]
 
 
 @pytest.fixture
