@@ -92,6 +92,8 @@ class Submit:
     """Requests to queue, all or none, as tuples of their `ASKED` fields, in plain values."""
 
     requests: list[tuple[Any, ...]]
+    # The engine owes nothing else, so the front counts it as started: that need not be reported.
+    starts_at_once: bool = False
 
 
 @dataclass(slots=True)
@@ -145,8 +147,9 @@ class Ended:
 
 @dataclass(slots=True)
 class StepReport:
-    """What one step changed. `started` were computed for the first time."""
+    """What one step changed."""
 
+    # Computed for the first time, but for what the front has counted so already.
     started: list[int]
     # Column by column: request `ids[i]` got `tokens[i]` and goes on.
     ids: list[int]
@@ -236,7 +239,7 @@ def frame(message: Message) -> bytes:
     if type(message) is StepReport:
         kind, plain = 1, _report_values(message)
     elif type(message) is Submit:
-        kind, plain = 2, message.requests
+        kind, plain = 2, (message.requests, message.starts_at_once)
     else:
         kind, plain = 0, message
     body = pickle.dumps(plain, protocol=5)
@@ -261,7 +264,7 @@ def _report_of(values: Sequence[Any]) -> StepReport:
 _READING: tuple[Callable[[Any], Message], ...] = (
     lambda message: message,
     _report_of,
-    Submit,
+    lambda values: Submit(*values),
 )
 
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from time import monotonic
+from time import monotonic, perf_counter_ns
 from typing import Any
 
 from quantgate_serve.admission import AdmissionLimits
@@ -147,8 +147,13 @@ class EngineClient:
         self._ledger.enter(requests)
         if self._held is not None:
             self._held |= {request.id: request for request in requests}
-        else:
-            _hand_over(child, requests)
+            return
+        # Its first step's report would wake this process beside a model that has all cores, to
+        # say what is known.
+        is_alone = len(requests) == 1 and not child.in_flight and child.state is ChildState.SERVING
+        _hand_over(child, requests, starts_at_once=is_alone)
+        if is_alone:
+            self._ledger.start(requests[0], perf_counter_ns())
 
     def abort(self, requests: Sequence[Request]) -> None:
         """Stop working on `requests` before the next step; finished ones are left alone."""
@@ -337,7 +342,9 @@ class EngineClient:
         return "the engine is being restarted. Try again in some seconds."
 
 
-def _hand_over(child: EngineChild, requests: Sequence[Request]) -> None:
+def _hand_over(
+    child: EngineChild, requests: Sequence[Request], *, starts_at_once: bool = False
+) -> None:
     for request in requests:
         child.owe(request)
-    child.send(Submit([asked(request) for request in requests]))
+    child.send(Submit([asked(request) for request in requests], starts_at_once))

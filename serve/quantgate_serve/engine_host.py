@@ -85,6 +85,10 @@ class EngineHost:
         # How many tokens of a streaming request, its prompt's included, the front has.
         self._told: dict[int, int] = {}
         self._refused: list[Request] = []
+        # Counted as started by the front, and not started yet.
+        self._at_once: set[int] = set()
+        # Mail that can be taken only when they have.
+        self._untaken: list[Message] = []
         # What the front has not been told of yet: told while the next step is computed.
         self._untold: Step | None = None
         self._next_counts_s = 0.0
@@ -97,14 +101,13 @@ class EngineHost:
             ChannelClosedError: the front has ended.
         """
         engine = self._engine
-        for message in messages:
-            self._take(message)
+        self._take_all(messages)
         while not self._is_stopping:
-            idle_s = 0 if self._refused else engine.idle_s()
+            is_late = self._refused or (self._untaken and not self._at_once)
+            idle_s = 0 if is_late else engine.idle_s()
             if idle_s is None:
                 engine.rest()
-            for message in self._channel.receive(idle_s):
-                self._take(message)
+            self._take_all([*self._untaken, *self._channel.receive(idle_s)])
             if engine.has_work or self._refused:
                 self._untold = engine.compute(self._tell if engine.overlaps else None)
                 # A step that does not follow at once keeps nobody waiting.
@@ -130,10 +133,19 @@ class EngineHost:
             self._channel.send(Counts.of(self._engine.metrics))
             self._next_counts_s = now + COUNTS_INTERVAL_S
 
-    def _take(self, message: Message) -> None:
+    def _take_all(self, messages: Sequence[Message]) -> None:
+        """Take `messages` in order, up to requests that find the queue full too early."""
+        self._untaken = []
+        for at, message in enumerate(messages):
+            if not self._take(message):
+                self._untaken = list(messages[at:])
+                return
+
+    def _take(self, message: Message) -> bool:
+        """False if it must be taken once more, after a step."""
         match message:
             case Submit():
-                self._submit([request_of(values) for values in message.requests])
+                return self._submit(message)
             case Abort():
                 found = [self._requests[id] for id in message.ids if id in self._requests]
                 self._engine.abort(found, reason=message.reason)
@@ -141,27 +153,39 @@ class EngineHost:
                 self._is_stopping = True
             case _:
                 raise TypeError(f"the front sent {type(message).__name__}, which is the engine's")
+        return True
 
-    def _submit(self, requests: list[Request]) -> None:
-        self._requests |= {request.id: request for request in requests}
+    def _submit(self, message: Submit) -> bool:
+        requests = [request_of(values) for values in message.requests]
         try:
             self._engine.submit(requests)
-        # The front counts the same queue a moment later, so it has refused these already.
+        # The front counts the same queue a moment later, so it has refused these already; unless
+        # it counts as started what has yet to start here.
         except (RequestTooLongError, TooManyAtOnceError, QueueFullError) as error:
+            if self._at_once and isinstance(error, QueueFullError):
+                return False
             for request in requests:
                 request.error = RequestError(str(error), "engine_error")
                 request.finish_reason = FinishReason.ERROR
                 request.state = RequestState.FINISHED
             self._refused += requests
+        self._requests |= {request.id: request for request in requests}
+        if message.starts_at_once:
+            self._at_once.update(request.id for request in requests)
+        return True
 
     def _report(self, step: Step) -> StepReport | None:
         """What the front must hear of `step`; None if that is nothing."""
         ended = [*self._refused, *step.ended]
         self._refused = []
-        if not (step.started or step.grown or ended):
+        started = [request.id for request in step.started]
+        if self._at_once:
+            started = [id for id in started if id not in self._at_once]
+            self._at_once.difference_update(request.id for request in (*step.started, *ended))
+        if not (started or step.grown or ended):
             return None
         report = StepReport(
-            [request.id for request in step.started],
+            started,
             *([], [], {}, []),
             counts_follow=not self._engine.has_work,
         )

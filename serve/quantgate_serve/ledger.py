@@ -56,6 +56,12 @@ class Ledger:
             request.is_streaming = request.is_streaming or request.text is not None
             self._queued.add(request.id)
 
+    def start(self, request: Request, now_ns: int) -> None:
+        """`request` is computed from now on, and no longer queued."""
+        # Known better at its end, but the front may end it first.
+        request.scheduled_ns = now_ns
+        self._leave_queue(request)
+
     def pace(self, counts: Counts) -> None:
         """Foresee waits by how fast the serving engine works."""
         if self._admission is not None:
@@ -68,9 +74,7 @@ class Ledger:
         for id in report.started:
             request = child.in_flight.get(id)
             if request is not None:
-                # Known better at its end, but the front may end it first.
-                request.scheduled_ns = now
-                self._leave_queue(request)
+                self.start(request, now)
         stopped: list[Request] = []
         for id, token in zip(report.ids, report.tokens, strict=True):
             request = child.in_flight.get(id)

@@ -44,6 +44,7 @@ def some_messages() -> list[Message]:
     request = Request([5, 6, 7], SamplingParams(stop=("x",), seed=3), eos_ids=frozenset([1]))
     return [
         Submit([asked(request)]),
+        Submit([asked(request)], starts_at_once=True),
         Abort([request.id], FinishReason.STOP),
         StepReport([1], [1], [9], {1: [(9, -0.5, ((9, -0.5),), ())]}, [], counts_follow=True),
         Counts.of(EngineMetrics(generation_tokens=7)),
@@ -102,7 +103,7 @@ def test_what_requests_wait_for_travels_without_classes() -> None:
     request = Request([5], SamplingParams())
     request.finish_reason, request.error = FinishReason.ERROR, RequestError("no", "why")
     report = StepReport([], [], [], {}, [Ended(1, [7], [], [], progress(request))], True)
-    for message in (Submit([asked(request)]), report):
+    for message in (Submit([asked(request)], starts_at_once=True), report):
         data = frame(message)
         assert Frames().feed(data) == [message]
         assert b"quantgate" not in data

@@ -339,6 +339,27 @@ def test_a_full_queue_is_counted_here_and_freed_as_requests_start(
     asyncio.run(work())
 
 
+def test_a_request_for_an_idle_engine_is_not_counted_as_queued(
+    llama_folder: Path, make_request: MakeRequest
+) -> None:
+    async def work() -> None:
+        # No class has a whole request kept for it.
+        async with running(llama_folder, max_queued_requests=3, max_batch_size=1) as (engine, _):
+            alone, *others = (make_request([i + 3], max_tokens=100) for i in range(4))
+            engine.submit([alone])
+            assert alone.scheduled_ns >= alone.queued_ns > 0
+            engine.submit(others)
+            assert [request.scheduled_ns for request in others] == [0, 0, 0]
+            with pytest.raises(QueueFullError):
+                engine.submit([make_request([9])])
+            # The engine may hear of all of them before its first step, when its queue is too short.
+            await until(lambda: all(one.is_finished for one in (alone, *others)))
+            assert [one.error for one in (alone, *others)] == [None] * 4
+            assert alone.finished_ns <= others[0].first_token_ns
+
+    asyncio.run(work())
+
+
 @pytest.fixture
 def other_folder(llama_folder: Path, tmp_path: Path) -> Path:
     """The same weights under another name."""

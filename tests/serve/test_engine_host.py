@@ -1,0 +1,106 @@
+"""What the engine's side of the socket says to its front, and in which order it takes mail."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from quantgate_serve.channel import (
+    Abort,
+    Message,
+    StepReport,
+    Stop,
+    Submit,
+    asked,
+)
+from quantgate_serve.engine import Engine
+from quantgate_serve.engine_host import EngineHost
+from quantgate_serve.request import FinishReason, Request
+
+MakeEngine = Callable[..., Engine]
+MakeRequest = Callable[..., Request]
+
+
+class Front:
+    """Sends one batch of messages after another, each when the engine owes nothing."""
+
+    def __init__(self, *mail: list[Message]) -> None:
+        self._mail = list(mail)
+        self.heard: list[Message] = []
+
+    def receive(self, timeout_s: float | None) -> list[Message]:
+        if timeout_s is not None:
+            return []
+        return self._mail.pop(0) if self._mail else [Stop()]
+
+    def send(self, message: Message) -> None:
+        self.heard.append(message)
+
+    @property
+    def reports(self) -> list[StepReport]:
+        return [message for message in self.heard if isinstance(message, StepReport)]
+
+
+def heard_of(engine: Engine, *mail: list[Message]) -> list[StepReport]:
+    front: Any = Front(*mail)
+    EngineHost(engine, front).run()
+    reports: list[StepReport] = front.reports
+    return reports
+
+
+def test_what_the_front_counts_as_started_is_heard_of_at_its_end_alone(
+    make_engine: MakeEngine, make_request: MakeRequest
+) -> None:
+    request = make_request([5, 6, 7], max_tokens=4)
+    (report,) = heard_of(make_engine(), [Submit([asked(request)], starts_at_once=True)])
+    assert (report.started, [ended.id for ended in report.ended]) == ([], [request.id])
+    assert report.counts_follow
+
+
+def test_of_every_other_request_the_start_is_told(
+    make_engine: MakeEngine, make_request: MakeRequest
+) -> None:
+    first, second = make_request([5, 6], max_tokens=4), make_request([7], max_tokens=4)
+    mail: list[Message] = [Submit([asked(first)], starts_at_once=True), Submit([asked(second)])]
+    assert [report.started for report in heard_of(make_engine(), mail)] == [[second.id], []]
+
+
+def test_an_abort_before_the_first_step_leaves_nothing_behind(
+    make_engine: MakeEngine, make_request: MakeRequest
+) -> None:
+    gone, after = make_request([5]), make_request([6], max_tokens=2)
+    reports = heard_of(
+        make_engine(),
+        [Submit([asked(gone)], starts_at_once=True), Abort([gone.id], FinishReason.ABORT)],
+        [Submit([asked(after)])],
+    )
+    assert [report.started for report in reports] == [[], [after.id], []]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 3])
+def test_a_queue_that_is_full_only_until_the_next_step_refuses_nobody(
+    make_engine: MakeEngine, make_request: MakeRequest, max_tokens: int
+) -> None:
+    """Also where that step leaves the engine without work."""
+    alone = make_request([3], max_tokens=max_tokens)
+    stays, leaves = make_request([4], max_tokens=3), make_request([5], max_tokens=3)
+    mail: list[Message] = [
+        Submit([asked(alone)], starts_at_once=True),
+        Submit([asked(stays), asked(leaves)]),
+        Abort([leaves.id], FinishReason.ABORT),
+    ]
+    reports = heard_of(make_engine(max_queued_requests=2), mail)
+    tokens = {ended.id: len(ended.tokens) for report in reports for ended in report.ended}
+    assert tokens == {alone.id: max_tokens, stays.id: 3, leaves.id: 0}
+
+
+def test_a_queue_that_is_full_refuses_with_an_error(
+    make_engine: MakeEngine, make_request: MakeRequest
+) -> None:
+    engine = make_engine(max_queued_requests=2)
+    mail: list[Message] = [
+        Submit([asked(make_request([i + 3])) for i in range(2)]),
+        Submit([asked(make_request([9]))]),
+    ]
+    ended = [one for report in heard_of(engine, mail) for one in report.ended]
+    assert sorted(len(one.tokens) for one in ended) == [0, 12, 12]
