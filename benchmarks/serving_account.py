@@ -30,6 +30,7 @@ from serving_arms import OwnEngine, load_reference
 from serving_floor import Linears
 from serving_workload import BenchRequest, workload_a, workload_b, write_model
 
+from quantgate_serve import native_runner
 from quantgate_serve.config import ServerSettings
 from quantgate_serve.engine import Engine
 from quantgate_serve.native.decoder import PARTS, NativeDecoder
@@ -139,9 +140,8 @@ def _watched(account: Account) -> Iterator[None]:
     parts: list[tuple[Any, str, Any]] = [
         (Engine, "step", step),
         (NativeDecoder, "compute", compute),
-        (NativeRunner, "_send", account.timed(SAMPLING, NativeRunner._send)),
-        (NativeRunner, "_collect", account.timed(SAMPLING, NativeRunner._collect)),
-        (NativeRunner, "_forward", account.timed(INPUTS, NativeRunner._forward)),
+        (NativeRunner, "launch", account.timed(INPUTS, NativeRunner.launch)),
+        (native_runner, "_results", account.timed(SAMPLING, native_runner._results)),
         (Engine, "_schedule", account.timed(PLANNING, Engine._schedule)),
         (Scheduler, "commit", account.timed(PLANNING, Scheduler.commit)),
         (Scheduler, "finish", account.timed(PLANNING, Scheduler.finish)),

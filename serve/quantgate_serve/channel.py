@@ -48,7 +48,7 @@ PROGRESS = tuple(f.name for f in fields(Request) if not f.init and f.name not in
 _asked = attrgetter(*ASKED)
 _progress = attrgetter(*PROGRESS)
 _ended_values = attrgetter("id", "tokens", "logprobs", "prompt_logprobs", "progress")
-_params = attrgetter(*(f.name for f in fields(SamplingParams)))
+_params = attrgetter(*(f.name for f in fields(SamplingParams) if f.init))
 
 
 # To a plain value and back.

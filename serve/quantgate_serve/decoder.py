@@ -21,7 +21,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from quantgate_serve import coded, fused_int8, linear
 from quantgate_serve.attention.interface import AttentionStep
 from quantgate_serve.attention.native_paged import NativeStep
-from quantgate_serve.native.decoder import NativeDecoder, can_decode
+from quantgate_serve.native.decoder import NativeDecoder
+from quantgate_serve.native.decoder_layers import can_decode
 from quantgate_serve.native.layer import LANES, LayerKernels
 
 # Layers whose computation is exactly the one written here.

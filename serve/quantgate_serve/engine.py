@@ -4,7 +4,6 @@ One thread uses it. What a step changed is its result; who is told, and how, is 
 """
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter_ns
@@ -32,8 +31,9 @@ from quantgate_serve.structured import GrammarError
 
 _log = logging.getLogger(__name__)
 
-# While there is work the gauges are renewed this often: reading them walks the queue.
-_GAUGES_EVERY_NS = 20_000_000
+# While there is work the gauges are renewed this often, as often as they are sent to the front:
+# reading them walks the queue.
+_GAUGES_EVERY_NS = 100_000_000
 
 
 @dataclass(slots=True)
@@ -262,36 +262,45 @@ class Engine:
 
     def _advance(self, results: list[ChunkResult]) -> None:
         now = perf_counter_ns()
-        scheduler = self._scheduler
         # Most requests of a step had their last token at the same time: they are counted at once.
-        last_token_ns: Counter[int] = Counter()
+        last_token_ns: dict[int, int] = {}
         for result in results:
-            request = result.chunk.request
-            scheduler.commit(result.chunk)
-            if result.prompt_logprobs:
-                request.prompt_logprobs += result.prompt_logprobs
-            if result.hidden_sum is not None:
-                add_hidden(request, result.chunk.start, result.hidden_sum)
-            if result.token_id is not None:
-                if request.first_token_ns:
-                    last_token_ns[request.last_token_ns] += 1
-                self._append(request, result, result.token_id, now)
-            elif request.num_uncomputed == 0:  # max_tokens=0 asks for the prompt only
+            chunk = result.chunk
+            request = chunk.request
+            self._scheduler.commit(chunk)
+            if not request.params.is_plain:
+                self._add_what_was_asked(request, result, now)
+            token = result.token_id
+            if token is None:
+                continue
+            request.token_ids.append(token)
+            then = request.last_token_ns
+            if then:
+                last_token_ns[then] = last_token_ns.get(then, 0) + 1
+            else:
                 request.first_token_ns = now
-                request.embedding = embedding_of(request)
-                self._finish(request, FinishReason.LENGTH)
+                self.metrics.ttft_s.observe((now - request.arrived_ns) / 1e9)
+            request.last_token_ns = now
+            self.metrics.generation_tokens += 1
+            self._end_or_go_on(request, token)
         for then, count in last_token_ns.items():
             self.metrics.inter_token_s.observe((now - then) / 1e9, count)
 
-    def _append(self, request: Request, result: ChunkResult, token: int, now: int) -> None:
-        request.token_ids.append(token)
+    def _add_what_was_asked(self, request: Request, result: ChunkResult, now: int) -> None:
+        """What a step gave besides its token."""
+        if result.prompt_logprobs:
+            request.prompt_logprobs += result.prompt_logprobs
         if result.logprob is not None:
             request.logprobs.append(result.logprob)
-        if request.first_token_ns == 0:
+        if result.hidden_sum is not None:
+            add_hidden(request, result.chunk.start, result.hidden_sum)
+        if result.token_id is None and request.num_uncomputed == 0:
+            # max_tokens=0 asks for the prompt only
             request.first_token_ns = now
-            self.metrics.ttft_s.observe((now - request.arrived_ns) / 1e9)
-        request.last_token_ns = now
-        self.metrics.generation_tokens += 1
+            request.embedding = embedding_of(request)
+            self._finish(request, FinishReason.LENGTH)
+
+    def _end_or_go_on(self, request: Request, token: int) -> None:
         params = request.params
         if not params.ignore_eos and token in request.eos_ids:
             request.ended_by_eos = True

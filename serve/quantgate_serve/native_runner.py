@@ -6,15 +6,18 @@ up to 70 us there that takes 5 in a loop. Hence lists of integers, and one call 
 """
 
 from array import array
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from quantgate_serve.finite import all_finite
+from quantgate_serve.finite import all_finite, check_finite
 from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.loading import LoadedModel
+from quantgate_serve.native.angles import Integers
 from quantgate_serve.native.decoder import Computed, NativeDecoder
-from quantgate_serve.readout import Readout
-from quantgate_serve.runner import Runner, rows_to_compute
+from quantgate_serve.readout import ChunkResult, Readout
+from quantgate_serve.runner import Collect, Runner, order, rows_to_compute
+from quantgate_serve.scheduler import Chunk
 from quantgate_serve.staging import Arrive
 
 
@@ -25,10 +28,36 @@ class NativeRunner(Runner):
         """`decoder` is the model of `loaded`."""
         super().__init__(loaded, kv)
         self._native = decoder
+        # Of the last step that was more than tokens.
         self._computed: Computed | None = None
+        self._logits: Tensor | None = None
+
+    def launch(self, plan: Sequence[Chunk]) -> Collect:
+        """As Runner.launch(), but computed at once; without torch where only tokens are asked."""
+        chunks, num_decodes = order(plan)
+        rows = array("q")
+        sampled = []
+        end = 0
+        for chunk in chunks:
+            request = chunk.request
+            if not request.params.is_plain:
+                return super().launch(plan)
+            end += chunk.length
+            is_sampled = chunk.start + chunk.length == len(request.token_ids)
+            sampled.append(is_sampled)
+            if is_sampled:
+                rows.append(end - 1)
+        self._hidden_states.expect(0)
+        computed = self._compute(chunks, num_decodes, rows or array("q", [0]))
+        return lambda: _results(chunks, sampled, computed)
 
     def _forward(self, readout: Readout, num_decodes: int) -> Tensor:
-        chunks = readout.chunks
+        rows = array("q", rows_to_compute(readout))
+        self._computed = self._compute(readout.chunks, num_decodes, rows)
+        self._logits = self._computed.logits
+        return self._logits
+
+    def _compute(self, chunks: Sequence[Chunk], num_decodes: int, rows: Integers) -> Computed:
         indices = self._tables.indices_of([chunk.request for chunk in chunks])
         ids, described = array("q"), array("q")
         for chunk, index in zip(chunks, indices, strict=True):
@@ -39,18 +68,14 @@ class NativeRunner(Runner):
             else:
                 ids.extend(known[start : start + length])
             described.extend((index, start, length))
-        rows = array("q", rows_to_compute(readout))
         self._count_pages(chunks[:num_decodes], None)
         with self.clock:
-            self._computed = self._native.compute(
-                self._kv, ids, described, self._tables.pages, rows
-            )
-        return self._computed.logits
+            return self._native.compute(self._kv, ids, described, self._tables.pages, rows)
 
     def _send(self, readout: Readout, logits: Tensor, hidden: Tensor | None) -> Arrive:
         computed = self._computed
         # Another `logits` where somebody stands between the two, as a test may.
-        if computed is None or computed.logits is not logits:
+        if computed is None or self._logits is not logits:
             return super()._send(readout, logits, hidden)
         is_finite = computed.is_finite and (hidden is None or bool(all_finite(hidden)))
         best = computed.best
@@ -59,3 +84,15 @@ class NativeRunner(Runner):
         else:
             tokens = self._choose(readout, logits).tolist()
         return lambda: (tokens, is_finite)
+
+
+def _results(
+    chunks: Sequence[Chunk], sampled: Sequence[bool], computed: Computed
+) -> list[ChunkResult]:
+    """The best token for each chunk that is sampled."""
+    check_finite(computed.is_finite)
+    tokens = iter(computed.best)
+    return [
+        ChunkResult(chunk, next(tokens) if is_sampled else None)
+        for chunk, is_sampled in zip(chunks, sampled, strict=True)
+    ]

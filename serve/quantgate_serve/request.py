@@ -74,6 +74,17 @@ class SamplingParams:
     grammar: str | None = None
     # Asks for no token but for the mean of the last hidden states over the prompt.
     embeds: bool = False
+    # Whether the most likely tokens are all that is asked for; known once, since every step asks.
+    is_plain: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        is_plain = (
+            self.is_greedy
+            and self.max_tokens > 0
+            and self.grammar is None
+            and not (self.wants_logprobs or self.reads_whole_prompt)
+        )
+        object.__setattr__(self, "is_plain", is_plain)
 
     @property
     def is_greedy(self) -> bool:

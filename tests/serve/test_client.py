@@ -20,9 +20,10 @@ from quantgate_serve.admission import QueueFullError
 from quantgate_serve.client import EngineClient, EngineStoppedError, ModelRefusedError
 from quantgate_serve.config import ServerSettings
 from quantgate_serve.detokenize import TextStream
+from quantgate_serve.engine import Engine
 from quantgate_serve.engine_child import EngineThread
 from quantgate_serve.request import Delta, FinishReason, Request
-from quantgate_serve.runner import Collect, Runner
+from quantgate_serve.runner import Collect
 from quantgate_serve.scheduler import Chunk
 
 MakeRequest = Callable[..., Request]
@@ -189,13 +190,13 @@ def test_an_aborted_request_is_in_no_step_that_begins_after_the_abort_arrived(
     llama_folder: Path, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[list[list[int]]] = []
-    launch = Runner.launch
+    launch = Engine._launch
 
-    def record(self: Runner, plan: Sequence[Chunk]) -> Collect:
+    def record(self: Engine, plan: list[Chunk]) -> Collect:
         steps.append([chunk.request.prompt_ids for chunk in plan])
         return launch(self, plan)
 
-    monkeypatch.setattr(Runner, "launch", record)
+    monkeypatch.setattr(Engine, "_launch", record)
 
     async def work() -> None:
         async with running(llama_folder) as (engine, _):
@@ -216,14 +217,14 @@ def test_an_aborted_request_is_in_no_step_that_begins_after_the_abort_arrived(
 def test_a_dead_engine_answers_everyone_and_is_started_again(
     llama_folder: Path, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launch = Runner.launch
+    launch = Engine._launch
 
-    def take_a_while(self: Runner, plan: Sequence[Chunk]) -> Collect:
+    def take_a_while(self: Engine, plan: list[Chunk]) -> Collect:
         # So that nobody is done before the engine dies: its counts come ten times a second.
         time.sleep(0.005)
         return launch(self, plan)
 
-    monkeypatch.setattr(Runner, "launch", take_a_while)
+    monkeypatch.setattr(Engine, "_launch", take_a_while)
 
     async def work() -> None:
         async with running(llama_folder, max_queued_requests=48) as (engine, launched):
@@ -280,14 +281,14 @@ def test_an_engine_that_hangs_is_ended_and_started_again(
     llama_folder: Path, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
-    launch = Runner.launch
+    launch = Engine._launch
 
-    def hang(self: Runner, plan: Sequence[Chunk]) -> Collect:
+    def hang(self: Engine, plan: list[Chunk]) -> Collect:
         if any(chunk.request.prompt_ids == [66, 66] for chunk in plan):
             release.wait(30)
         return launch(self, plan)
 
-    monkeypatch.setattr(Runner, "launch", hang)
+    monkeypatch.setattr(Engine, "_launch", hang)
 
     async def work() -> None:
         async with running(llama_folder, engine_timeout_s=1.0) as (engine, _):

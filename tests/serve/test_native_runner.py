@@ -59,6 +59,39 @@ def test_tokens_follow_the_logits_that_the_runner_is_given(
         return logits
 
     runner._forward = prefer_nine
-    request = make_request([5, 6], max_tokens=3, ignore_eos=True)
+    request = make_request([5, 6], max_tokens=3, ignore_eos=True, num_logprobs=0)
     run_all(engine, [request])
     assert request.output_ids == [9, 9, 9]
+
+
+def test_a_batch_of_plain_requests_never_enters_torch(
+    make_engine: MakeEngine,
+    make_request: MakeRequest,
+    run_all: RunAll,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = make_engine(prefix_cache=False)
+    asked = [make_request([5, 6, 7, n], max_tokens=6) for n in range(3)]
+    run_all(make_engine(prefix_cache=False), asked)
+    for way in ("_forward", "_send", "_collect", "_choose"):
+        monkeypatch.setattr(engine._runner, way, pytest.fail)
+    again = [make_request([5, 6, 7, n], max_tokens=6) for n in range(3)]
+    run_all(engine, again)
+    assert [r.output_ids for r in again] == [r.output_ids for r in asked]
+
+
+def test_a_plain_step_after_one_that_failed_while_embedding_is_whole(
+    make_engine: MakeEngine, make_request: MakeRequest, run_all: RunAll
+) -> None:
+    engine = make_engine(prefix_cache=False)
+    runner: Any = engine._runner
+    take = runner._hidden_states.take
+    runner._hidden_states.take = lambda: 1 / 0
+    embedded = make_request([5, 6], max_tokens=0, embeds=True)
+    run_all(engine, [embedded])
+    assert embedded.error is not None
+    runner._hidden_states.take = take
+    request = make_request([5, 6], max_tokens=4, ignore_eos=True)
+    run_all(engine, [request])
+    assert request.error is None
+    assert request.num_output == 4

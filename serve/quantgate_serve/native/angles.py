@@ -21,6 +21,8 @@ class Angles:
         # These turn a token otherwise when a longer sequence is beside it.
         self._are_by_token = "dynamic" in rotary.rope_type or rotary.rope_type == "longrope"
         self._cos = self._sin = torch.empty(0)
+        # Where both lie, and how many rows they have.
+        self._described = 0, 0, 0
 
     def of(self, chunks: Integers) -> tuple[int, int, int, bool]:
         """Addresses of cos and sin, how many rows they have, and whether those are by token.
@@ -30,17 +32,15 @@ class Angles:
         if self._are_by_token:
             pieces = zip(chunks[1::3], chunks[2::3], strict=True)
             self._compute(torch.cat([torch.arange(at, at + length) for at, length in pieces]))
-        return *self._described(), self._are_by_token
+        return *self._described, self._are_by_token
 
     def more(self) -> tuple[int, int, int]:
         """Twice as many positions: where they are now, and how many."""
         self._compute(torch.arange(max(_FEW_ANGLES, 2 * len(self._cos))))
-        return self._described()
-
-    def _described(self) -> tuple[int, int, int]:
-        return self._cos.data_ptr(), self._sin.data_ptr(), len(self._cos)
+        return self._described
 
     def _compute(self, positions: Tensor) -> None:
         cos, sin = self._rotary(torch.empty(0), positions.unsqueeze(0))
         half = cos.shape[-1] // 2
         self._cos, self._sin = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        self._described = self._cos.data_ptr(), self._sin.data_ptr(), len(self._cos)

@@ -17,7 +17,8 @@ from quantgate_serve.decoder import ShortDecoder, build_decoder
 from quantgate_serve.finite import all_finite
 from quantgate_serve.kv.pool import PAGE_SIZE
 from quantgate_serve.kv.storage import KVStorage
-from quantgate_serve.native.decoder import PARTS, Computed, NativeDecoder, can_decode
+from quantgate_serve.native.decoder import PARTS, Computed, NativeDecoder
+from quantgate_serve.native.decoder_layers import can_decode
 from quantgate_serve.native.layer import find_kernels
 from quantgate_serve.native.linear import NativeLinear
 
@@ -43,6 +44,7 @@ FAMILIES = {
     "qwen2": (transformers.Qwen2Config, {}),
 }
 IDS = list(range(5, 45))
+CPU = torch.device("cpu")
 
 
 class Case:
@@ -57,8 +59,7 @@ class Case:
         decoder = build_decoder(loaded.model, pytest.fail, kernels)
         assert isinstance(decoder, NativeDecoder)
         self.decoder = decoder
-        device = torch.device("cpu")
-        self.kv = KVStorage(loaded.kv_shape, num_pages=8, page_size=PAGE_SIZE, device=device)
+        self.kv = KVStorage(loaded.kv_shape, num_pages=8, page_size=PAGE_SIZE, device=CPU)
 
     def compute(
         self,
@@ -87,7 +88,7 @@ class Case:
             )
         finally:
             torch.set_num_threads(before)
-        return found.logits
+        return found.logits.clone()
 
     def begin(self, ids: Sequence[int]) -> Computed:
         """The step over all of a sequence of 16 tokens at most, read at its last."""
@@ -138,6 +139,44 @@ def test_batch_mates_change_no_bit(make_case: Callable[[str], Case]) -> None:
     pages = [[5], [2, 0, 1], [6, 7]]
     found = case.compute(ids, [8, 9, 29], pages=pages, starts=[0, 39, 0], lengths=[9, 1, 20]).logits
     assert torch.equal(found[1], alone[0])
+
+
+# One tile, two of one panel, and many of two panels: those that fetch pages while they multiply.
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("together", [14, 15, 29, 64])
+def test_many_decodes_together_give_the_bits_of_each_alone(
+    together: int, threads: int, make_case: Callable[[str], Case]
+) -> None:
+    case = make_case("llama")
+    case.kv = KVStorage(case.kv.shape, num_pages=3 * together, page_size=PAGE_SIZE, device=CPU)
+    pages = [[3 * n + 2, 3 * n, 3 * n + 1] for n in range(together)]
+    lengths = [1 + 7 * n % 40 for n in range(together)]
+    for held, length in zip(pages, lengths, strict=True):
+        case.compute(IDS[:length], [length - 1], pages=[held], starts=[0], lengths=[length])
+    new = [90 + n for n in range(together)]
+    torch.set_num_threads(threads)
+    ones = [1] * together
+    found = case.compute(new, range(together), pages=pages, starts=lengths, lengths=ones)
+    whole = found.logits.clone()
+    torch.set_num_threads(1)
+    for n in range(together):
+        alone = case.compute([new[n]], [0], pages=[pages[n]], starts=[lengths[n]], lengths=[1])
+        assert torch.equal(alone.logits[0], whole[n]), n
+
+
+def test_results_of_a_long_prompt_are_not_kept(
+    make_case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantgate_serve.native.workspace._MOST_KEPT_BYTES", 4 * 384 * 20)
+    case = make_case("llama")
+    assert case.decoder.config.vocab_size == 384
+    kept = case.run(0, 20, range(20))
+    memory = case.compute(IDS[:20], range(20), pages=[[2, 0]], starts=[0], lengths=[20]).memory
+    long = case.compute(IDS, range(40), pages=[[2, 0, 1]], starts=[0], lengths=[40])
+    assert long.memory is not memory
+    again = case.compute(IDS[:9], range(9), pages=[[2, 0]], starts=[0], lengths=[9])
+    assert again.memory is memory
+    assert torch.equal(again.logits, kept[:9])
 
 
 def test_a_row_may_be_read_more_than_once_and_more_rows_than_there_are_tokens(
@@ -209,13 +248,14 @@ def test_an_embedding_or_a_head_that_is_watched_is_called(
 ) -> None:
     case = make_case("llama")
     expected = case.begin([5, 6, 7])
+    logits = expected.logits.clone()
     seen: list[str] = []
     for name in ("embed_tokens", "lm_head"):
         case.decoder.get_submodule(name).register_forward_hook(
             lambda *_, name=name: seen.append(name)
         )
     found = case.begin([5, 6, 7])
-    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.logits, logits)
     assert (found.best, found.is_finite) == (expected.best, True)
     assert seen == ["embed_tokens", "lm_head"]
 
