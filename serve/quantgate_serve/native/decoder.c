@@ -163,11 +163,11 @@ static void decode_part(const decoder *d, step *s, int64_t num_blocks, int64_t t
         ns[part] += now - then;          \
         then = now;                      \
     }
-#define PRODUCT(index, part, x, y, what)                                         \
+#define PRODUCT(index, part, x, y, what, pages)                                  \
     if (l->codes[index]) {                                                       \
         coded_part(l->codes[index], x, tokens, s->scratch, y, what == ADD);      \
     } else {                                                                     \
-        linear_part(&l->part, x, y, tokens, what, thread, threads);              \
+        linear_part(&l->part, x, y, tokens, what, thread, threads, pages);       \
         _Pragma("omp barrier")                                                   \
     }
     embed(d, s);
@@ -176,7 +176,9 @@ static void decode_part(const decoder *d, step *s, int64_t num_blocks, int64_t t
         const layer *l = d->layers + i;
         norm(hidden, l->input_norm, normed, tokens, C, d->eps);
         COUNT(NORMS)
-        PRODUCT(QKV, qkv, normed, s->qkv, STORE)
+        ahead pages = {s->keys[i], s->values[i], d->kv_heads * LANES * D, s->table, s->blocks,
+                       num_blocks - 1 - thread, 0, threads};
+        PRODUCT(QKV, qkv, normed, s->qkv, STORE, &pages)
         COUNT(LINEARS)
         rotate_rows(d, s);
         attention a = {s->qkv, s->qkv + mixed_width, s->qkv + mixed_width + d->kv_heads * D,
@@ -199,17 +201,17 @@ static void decode_part(const decoder *d, step *s, int64_t num_blocks, int64_t t
             tokens = s->num_rows;
         }
         COUNT(ATTENTION)
-        PRODUCT(OUTPUT, output, mixed, hidden, ADD)
+        PRODUCT(OUTPUT, output, mixed, hidden, ADD, 0)
         COUNT(LINEARS)
         norm(hidden, l->post_norm, normed, tokens, C, d->eps);
         COUNT(NORMS)
-        PRODUCT(GATE_UP, gate_up, normed, s->middle, GATE)
-        PRODUCT(DOWN, down, s->middle, hidden, ADD)
+        PRODUCT(GATE_UP, gate_up, normed, s->middle, GATE, 0)
+        PRODUCT(DOWN, down, s->middle, hidden, ADD, 0)
         COUNT(LINEARS)
     }
     if (s->logits) {
         norm(hidden, d->last_norm, normed, tokens, C, d->eps);
-        linear_part(&d->head, normed, s->logits, tokens, STORE, thread, threads);
+        linear_part(&d->head, normed, s->logits, tokens, STORE, thread, threads, 0);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++)

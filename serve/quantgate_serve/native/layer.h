@@ -41,11 +41,23 @@ typedef struct {
     int64_t depth, width;
 } linear;
 
+/* Pages that a thread asks for while it multiplies, because attention reads them next: those of the
+ * decodes among the blocks, from the last one on, each `threads`th of them. `block` and `page` say
+ * which is next. */
+typedef struct {
+    const float *keys, *values;
+    int64_t page_stride;
+    const int32_t *pages;
+    const block *blocks;
+    int64_t block, page, threads;
+} ahead;
+
 /* What becomes of a product: stored, added to what is there, or silu(first half) * second half,
  * the halves alternating in the weights after every 16 outputs (y is half as wide). */
 enum { STORE, ADD, GATE };
+/* `pages` may be null. */
 void linear_part(const linear *l, const float *x, float *y, int64_t tokens, int what,
-                 int64_t thread, int64_t threads);
+                 int64_t thread, int64_t threads, ahead *pages);
 
 /* quantized.c: y [rows, outputs] of x [rows, inputs] by Linears that are stored as codes. */
 void coded_part(const void *codes, const float *x, int64_t rows, float *scratch, float *y,

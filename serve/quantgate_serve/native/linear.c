@@ -3,7 +3,8 @@
  *
  * Weights lie in panels of 32 outputs (two vectors); a tile of rows keeps its sums in registers
  * over all inputs. Few rows take one panel (14 rows x 2 vectors), many two (7 x 4): 28 of the 32
- * registers either way. While a panel is used, the next one is fetched.
+ * registers either way. While a panel is used, the next one is fetched, by one of its tiles; the
+ * other tiles, whose products leave memory idle, may fetch pages.
  */
 #include "layer.h"
 
@@ -38,7 +39,13 @@ INLINE void finish(target to, vec *sums, int row, int vectors) {
     }
 }
 
-INLINE void tile(const float *x, int64_t depth, const float *panel, const float *next, target to,
+/* What a tile asks for: the next panel, or else lines of two pieces of memory in turn. */
+typedef struct {
+    const float *panel, *pieces[2];
+    int64_t lines;
+} fetched;
+
+INLINE void tile(const float *x, int64_t depth, const float *panel, fetched next, target to,
                  const int rows, const int panels) {
     vec sums[14][4];
 #pragma GCC unroll 16
@@ -50,10 +57,12 @@ INLINE void tile(const float *x, int64_t depth, const float *panel, const float 
 #pragma GCC unroll 4
         for (int w = 0; w < 2 * panels; w++)
             weight[w] = load(panel + (w / 2 * depth + k) * PANEL + w % 2 * LANES);
-        if (next)
+        if (next.panel)
 #pragma GCC unroll 4
             for (int w = 0; w < 2 * panels; w++)
-                __builtin_prefetch(next + (2 * panels * k + w) * LANES, 0, 2);
+                __builtin_prefetch(next.panel + (2 * panels * k + w) * LANES, 0, 2);
+        else if (k < next.lines)
+            __builtin_prefetch(next.pieces[k % 2] + k / 2 * LANES, 0, 2);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             vec input = all(x[r * depth + k]);
@@ -67,7 +76,7 @@ INLINE void tile(const float *x, int64_t depth, const float *panel, const float 
 
 /* A tile of `rows` rows; each number of them is code of its own. */
 static void some_rows(int rows, int panels, const float *x, int64_t depth, const float *panel,
-                      const float *next, target to) {
+                      fetched next, target to) {
 #define CASE(n, p) case 100 * p + n: tile(x, depth, panel, next, to, n, p); break;
     switch (100 * panels + rows) {
         CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1) CASE(5, 1) CASE(6, 1) CASE(7, 1)
@@ -76,9 +85,20 @@ static void some_rows(int rows, int panels, const float *x, int64_t depth, const
     }
 }
 
+/* The keys and values of the next page; nothing where there is none. */
+static fetched next_page(ahead *a) {
+    for (; a && a->block >= 0; a->block -= a->threads, a->page = 0) {
+        const block *b = a->blocks + a->block;
+        if (b->count > 1 || a->page * LANES >= b->first) continue;
+        int64_t at = a->pages[b->pages + a->page++] * a->page_stride;
+        return (fetched){0, {a->keys + at, a->values + at}, 2 * a->page_stride / LANES};
+    }
+    return (fetched){0};
+}
+
 /* Panels `first` to `end` over rows `row` to `row + count`. */
 static void some_panels(const linear *l, const float *x, float *y, int64_t row, int64_t count,
-                        int64_t first, int64_t end, int what) {
+                        int64_t first, int64_t end, int what, ahead *pages) {
     const int64_t stride = what == GATE ? l->width / 2 : l->width;
     const int together = count > FEW ? 2 : 1, most = count > FEW ? 7 : 14;
     const int64_t tiles = (count + most - 1) / most;
@@ -89,14 +109,14 @@ static void some_panels(const linear *l, const float *x, float *y, int64_t row, 
         for (int64_t i = 0; i < tiles; i++) {
             int64_t from = row + count * i / tiles, to = row + count * (i + 1) / tiles;
             target at = {l->bias, y + from * stride, stride, l->width, p * PANEL, what};
-            some_rows(to - from, panels, x + from * l->depth, l->depth, panel,
-                      i == tiles / 2 ? after : 0, at);
+            fetched next = i == tiles / 2 ? (fetched){after, {0}, 0} : next_page(pages);
+            some_rows(to - from, panels, x + from * l->depth, l->depth, panel, next, at);
         }
     }
 }
 
 void linear_part(const linear *l, const float *x, float *y, int64_t tokens, int what,
-                 int64_t thread, int64_t threads) {
+                 int64_t thread, int64_t threads, ahead *pages) {
     const int64_t pairs = (l->width + 2 * PANEL - 1) / (2 * PANEL);
     const int64_t panels = (l->width + PANEL - 1) / PANEL;
     /* Where there are more threads than panels, they share the rows, too. */
@@ -111,7 +131,7 @@ void linear_part(const linear *l, const float *x, float *y, int64_t tokens, int 
         int64_t many = groups == 1 ? to - from : 1;
         int64_t row = tokens * group / groups, end = tokens * (group + 1) / groups;
         int64_t last = 2 * (pair + many) < panels ? 2 * (pair + many) : panels;
-        if (row < end) some_panels(l, x, y, row, end - row, 2 * pair, last, what);
+        if (row < end) some_panels(l, x, y, row, end - row, 2 * pair, last, what, pages);
         from += many;
     }
 }
@@ -122,5 +142,5 @@ void multiply(const float *x, const float *weight, const float *bias, float *y, 
     linear l = {weight, bias, depth, width};
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t thread = 0; thread < threads; thread++)
-        linear_part(&l, x, y, tokens, STORE, thread, threads);
+        linear_part(&l, x, y, tokens, STORE, thread, threads, 0);
 }
