@@ -16,21 +16,45 @@
 #define MIN_CHANNELS 32768
 #define MIN_PAIRS 1024
 
-/* The sums of 16 vectors, one in each lane: each round adds neighbours, and halves the vectors. */
-#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+/* Lanes of two vectors a and b, lane i of b being 16 + i: every other run of 8, 4, 2 lanes or 1 from
+ * a, the rest from b; and the lanes of one vector with neighbouring runs exchanged. */
+#define BLEND_8 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31
+#define BLEND_4 0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31
+#define BLEND_2 0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31
+#define BLEND_1 0, 17, 2, 19, 4, 21, 6, 23, 8, 25, 10, 27, 12, 29, 14, 31
+#define SWAP_8 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7
+#define SWAP_4 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11
+#define SWAP_2 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13
+#define SWAP_1 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
+#define LANES_OF __builtin_shufflevector
+
+/* Both halves of each run of a in the place of the first one, of b in the place of the second. */
+#define ADD_HALVES(n, a, b)                                                                  \
+    (LANES_OF(a, b, BLEND_##n) +                                                             \
+     LANES_OF(LANES_OF(b, a, BLEND_##n), LANES_OF(b, a, BLEND_##n), SWAP_##n))
+
+/* The sums of 16 vectors, one in each lane. */
 INLINE vec sums(vec *x) {
-    for (int n = LANES / 2; n > 0; n /= 2)
-        for (int i = 0; i < n; i++)
-            x[i] = __builtin_shufflevector(x[2 * i], x[2 * i + 1], EVEN) +
-                   __builtin_shufflevector(x[2 * i], x[2 * i + 1], ODD);
-    return x[0];
+    for (int i = 0; i < 8; i++) x[i] = ADD_HALVES(8, x[i], x[i + 8]);
+    for (int i = 0; i < 4; i++) x[i] = ADD_HALVES(4, x[i], x[i + 4]);
+    for (int i = 0; i < 2; i++) x[i] = ADD_HALVES(2, x[i], x[i + 2]);
+    return ADD_HALVES(1, x[0], x[1]);
 }
 
+INLINE vec larger(vec x, vec y) { return choose(x > y, x, y); }
+
 INLINE float largest(vec x) {
-    float most = x[0];
-    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
-    return most;
+    x = larger(x, LANES_OF(x, x, SWAP_8));
+    x = larger(x, LANES_OF(x, x, SWAP_4));
+    x = larger(x, LANES_OF(x, x, SWAP_2));
+    return larger(x, LANES_OF(x, x, SWAP_1))[0];
+}
+
+INLINE float add_lanes(vec x) {
+    x += LANES_OF(x, x, SWAP_8);
+    x += LANES_OF(x, x, SWAP_4);
+    x += LANES_OF(x, x, SWAP_2);
+    return (x + LANES_OF(x, x, SWAP_1))[0];
 }
 
 /* scores[t] = scale * q . page[t] for the 16 tokens of a page of keys. */
@@ -100,7 +124,7 @@ INLINE float soften(float *scores, int pages, float *most) {
     vec high = load(scores);
     for (int p = 1; p < pages; p++) {
         vec x = load(scores + p * LANES);
-        high = choose(x > high, x, high);
+        high = larger(x, high);
     }
     float now = largest(high);
     *most = now > *most ? now : *most;
@@ -110,7 +134,7 @@ INLINE float soften(float *scores, int pages, float *most) {
         store(scores + p * LANES, weight);
         total += weight;
     }
-    return sum(total);
+    return add_lanes(total);
 }
 
 typedef struct {
