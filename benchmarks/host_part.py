@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from machine import describe_machine
 
+from quantgate_serve.channel import Submit, asked
 from quantgate_serve.config import ServerSettings
 from quantgate_serve.engine import Engine
 from quantgate_serve.engine_host import EngineHost
@@ -54,10 +55,10 @@ def measure(engine: Engine, size: int, steps: int, *, is_streaming: bool) -> flo
     pipe: Any = Pipe()
     host = EngineHost(engine, pipe)
     params = SamplingParams(max_tokens=(_ROUNDS + 1) * steps, ignore_eos=True)
-    requests = [
-        Request([3 + n % 200] * _PROMPT, params, is_streaming=is_streaming) for n in range(size)
-    ]
-    host._submit(requests)
+    prompts = [[3 + n % 200] * _PROMPT for n in range(size)]
+    sent = [Request(prompt, params, is_streaming=is_streaming) for prompt in prompts]
+    host._take(Submit([asked(request) for request in sent]))
+    requests = list(host._requests.values())
     while any(request.num_output == 0 for request in requests):
         engine.step()
     best = float("inf")

@@ -264,6 +264,7 @@ class Engine:
         now = perf_counter_ns()
         # Most requests of a step had their last token at the same time: they are counted at once.
         last_token_ns: dict[int, int] = {}
+        num_tokens = 0
         for result in results:
             chunk = result.chunk
             request = chunk.request
@@ -273,6 +274,7 @@ class Engine:
             token = result.token_id
             if token is None:
                 continue
+            num_tokens += 1
             request.token_ids.append(token)
             then = request.last_token_ns
             if then:
@@ -281,8 +283,8 @@ class Engine:
                 request.first_token_ns = now
                 self.metrics.ttft_s.observe((now - request.arrived_ns) / 1e9)
             request.last_token_ns = now
-            self.metrics.generation_tokens += 1
             self._end_or_go_on(request, token)
+        self.metrics.generation_tokens += num_tokens
         for then, count in last_token_ns.items():
             self.metrics.inter_token_s.observe((now - then) / 1e9, count)
 

@@ -51,6 +51,15 @@ def test_each_script_explains_itself(
     assert summary in " ".join(shown.split())
 
 
+def test_the_host_s_part_is_timed_at_every_size(script: Script, tmp_path: Path) -> None:
+    path = tmp_path / "host_part.json"
+    module = script("host_part")
+    assert module.main(["--steps", "1", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["running"] for row in rows] == list(module.SIZES)
+    assert all(row["us_whole"] > 0 and row["us_streamed"] > 0 for row in rows)
+
+
 def test_the_scheduler_is_timed_at_every_size(script: Script, tmp_path: Path) -> None:
     path = tmp_path / "scheduler.json"
     module = script("scheduler")

@@ -2,6 +2,8 @@
 
 import random
 
+import pytest
+
 from quantgate_serve.page_tables import PageTables
 from quantgate_serve.request import Request, SamplingParams
 
@@ -83,3 +85,15 @@ def test_any_course_of_events_leaves_the_rows_right() -> None:
                 alive.append(sequence())
         some = source.sample(alive, source.randint(1, len(alive)))
         assert read(tables, some) == [padded(one) for one in some]
+
+
+def test_a_sequence_longer_than_a_row_is_refused_and_its_neighbour_is_left_alone() -> None:
+    tables = PageTables(width=WIDTH, null_page=NULL)
+    long, other = sequence(), sequence(7)
+    read(tables, [long, other])
+    long.pages += range(WIDTH)
+    assert read(tables, [long, other]) == [padded(long), padded(other)]
+    long.pages += [50]
+    with pytest.raises(ValueError, match="has 7 pages, its row has room for 6"):
+        tables.rows_of([long])
+    assert read(tables, [other]) == [padded(other)]
