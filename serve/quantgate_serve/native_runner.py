@@ -36,20 +36,17 @@ class NativeRunner(Runner):
         """As Runner.launch(), but computed at once; without torch where only tokens are asked."""
         chunks, num_decodes = order(plan)
         rows = array("q")
-        sampled = []
         end = 0
         for chunk in chunks:
             request = chunk.request
             if not request.params.is_plain:
                 return super().launch(plan)
             end += chunk.length
-            is_sampled = chunk.start + chunk.length == len(request.token_ids)
-            sampled.append(is_sampled)
-            if is_sampled:
+            if chunk.start + chunk.length == len(request.token_ids):
                 rows.append(end - 1)
         self._hidden_states.expect(0)
         computed = self._compute(chunks, num_decodes, rows or array("q", [0]))
-        return lambda: _results(chunks, sampled, computed)
+        return lambda: _results(chunks, len(rows), computed)
 
     def _forward(self, readout: Readout, num_decodes: int) -> Tensor:
         rows = array("q", rows_to_compute(readout))
@@ -86,13 +83,10 @@ class NativeRunner(Runner):
         return lambda: (tokens, is_finite)
 
 
-def _results(
-    chunks: Sequence[Chunk], sampled: Sequence[bool], computed: Computed
-) -> list[ChunkResult]:
-    """The best token for each chunk that is sampled."""
+def _results(chunks: Sequence[Chunk], num_sampled: int, computed: Computed) -> list[ChunkResult]:
+    """The best token for each of the chunks that ends its sequence, `num_sampled` of them."""
     check_finite(computed.is_finite)
+    if num_sampled == len(chunks):
+        return [ChunkResult(chunk, t) for chunk, t in zip(chunks, computed.best, strict=True)]
     tokens = iter(computed.best)
-    return [
-        ChunkResult(chunk, next(tokens) if is_sampled else None)
-        for chunk, is_sampled in zip(chunks, sampled, strict=True)
-    ]
+    return [ChunkResult(chunk, next(tokens) if chunk.is_last else None) for chunk in chunks]
