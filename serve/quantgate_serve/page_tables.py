@@ -58,7 +58,7 @@ class PageTables:
         self.pages = pages
         # Written to as plain memory: between two steps numpy's code has left the caches, and an
         # assignment of one page takes 10 us there.
-        self._memory = memoryview(pages).cast("B").cast("i")
+        self._memory = pages.data.cast("B").cast("i")
 
     def _take(self, requests: Sequence[Request]) -> _Row:
         if not self._free:
