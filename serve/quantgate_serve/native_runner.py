@@ -34,15 +34,14 @@ class NativeRunner(Runner):
 
     def launch(self, plan: Sequence[Chunk]) -> Collect:
         """As Runner.launch(), but computed at once; without torch where only tokens are asked."""
+        if not all(chunk.request.params.is_plain for chunk in plan):
+            return super().launch(plan)
         chunks, num_decodes = order(plan)
         rows = array("q")
         end = 0
         for chunk in chunks:
-            request = chunk.request
-            if not request.params.is_plain:
-                return super().launch(plan)
             end += chunk.length
-            if chunk.start + chunk.length == len(request.token_ids):
+            if chunk.start + chunk.length == len(chunk.request.token_ids):
                 rows.append(end - 1)
         self._hidden_states.expect(0)
         computed = self._compute(chunks, num_decodes, rows or array("q", [0]))
