@@ -33,7 +33,7 @@ metric_list: [{{metric: acc}}]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        LM_EVAL is None, reason="lm_eval is not installed: pip install 'lm_eval[api]', see LM_EVAL"
+        LM_EVAL is None, reason="no lm_eval here: pip install 'lm_eval[api,hf]', see LM_EVAL"
     ),
 ]
 
