@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import pytest
 import transformers
 import yaml
 from aiohttp import web
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 Completion = Callable[[dict[str, Any]], Awaitable[tuple[int, Any]]]
 TEXT_TASK = {
@@ -62,9 +62,17 @@ def write_set(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def make_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A folder with a tokenizer of one token per byte; `merge` joins one pair of letters."""
+    """A folder with a tokenizer of one token per byte; `merge` joins one pair of letters.
 
-    def make(*, merge: tuple[str, str] | None = None, template: str | None = TEMPLATE) -> Path:
+    `added` are tokens beside those, one for each of these texts.
+    """
+
+    def make(
+        *,
+        merge: tuple[str, str] | None = None,
+        template: str | None = TEMPLATE,
+        added: Sequence[str] = (),
+    ) -> Path:
         letters = sorted(pre_tokenizers.ByteLevel.alphabet())
         tokens = [*letters, *(["".join(merge)] if merge else [])]
         raw = Tokenizer(
@@ -76,6 +84,7 @@ def make_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
         raw.decoder = decoders.ByteLevel()
         fast = transformers.PreTrainedTokenizerFast(tokenizer_object=raw)
         fast.chat_template = template
+        fast.add_tokens([AddedToken(text) for text in added])
         folder = tmp_path_factory.mktemp("tokenizer")
         fast.save_pretrained(folder)
         return folder

@@ -61,3 +61,35 @@ def test_messages_without_a_chat_template_are_refused(
     golden = load_golden_set(write_set({"id": "a", "input": MESSAGES, "target": "x"}))
     with pytest.raises(GoldenSetError, match="no chat template"):
         Renderer(make_tokenizer(template=None)).render(golden)
+
+
+def test_choices_behind_an_added_token_are_those_of_each_prompt_alone(
+    write_set: WriteSet, make_tokenizer: Callable[..., Path], choice_task: dict[str, Any]
+) -> None:
+    folder = make_tokenizer(merge=("x", "y"), added=["<assistant>"])
+    rows = [
+        {"id": str(n), "input": [{"role": "user", "content": text}], "target": choices[0]}
+        | {"choices": choices}
+        for n, (text, choices) in enumerate(
+            [("a", ["xy", "yx"]), ("b?", ["yx", "xy", "y"]), ("c" * 200, ["xy", "x"])]
+        )
+    ]
+    whole = Renderer(folder).render(load_golden_set(write_set(*rows, task=choice_task)))
+    for row, found in zip(rows, whole, strict=True):
+        (alone,) = Renderer(folder).render(load_golden_set(write_set(row, task=choice_task)))
+        assert found.ids == alone.ids
+        assert found.choice_ids == alone.choice_ids
+    assert [len(ids) for ids in whole[1].choice_ids] == [2, 1, 1]
+
+
+def test_an_added_token_that_a_longer_one_holds_shares_nothing(
+    write_set: WriteSet, make_tokenizer: Callable[..., Path], choice_task: dict[str, Any]
+) -> None:
+    folder = make_tokenizer(added=["<assistant>", "?\n<assistant>x"])
+    rows = [
+        CHOICES | {"id": id, "input": [{"role": "user", "content": text}]}
+        for id, text in (("a", "which"), ("b", "which?"))
+    ]
+    golden = load_golden_set(write_set(*rows, task=choice_task))
+    with pytest.raises(GoldenSetError, match=r"items\.jsonl:2: choice 'x' changes the tokens"):
+        Renderer(folder).render(golden)
