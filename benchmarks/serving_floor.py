@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quantgate_serve import huge_pages
-from quantgate_serve.native.layer import LANES, find_kernels
+from quantgate_serve.native.layer import find_kernels
 from quantgate_serve.native.linear import NativeLinear, can_multiply
 
 _LARGE_ROWS = (256, 512, 1024)
@@ -151,7 +151,7 @@ def implementations() -> dict[str, Callable[[Tensor], Multiply]]:
     if has_onednn():
         found["onednn"] = _onednn
     kernels = find_kernels()
-    if kernels is not None and can_multiply(torch.zeros(LANES, 1)):
+    if kernels is not None and can_multiply(torch.zeros(kernels.lanes, 1), kernels):
         found["native"] = lambda weight: NativeLinear(weight, None, kernels).forward
     return found
 

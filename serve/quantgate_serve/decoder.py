@@ -235,7 +235,7 @@ def build_decoder(model: Any, attend: Attend, kernels: LayerKernels | None = Non
     `kernels` only where the model is on the CPU.
     """
     if _is_short(model):
-        if kernels is not None and can_decode(model):
+        if kernels is not None and can_decode(model, kernels):
             return NativeDecoder(model, kernels)
         return ShortDecoder(model, attend, kernels)
     linear.prepare_all(model)

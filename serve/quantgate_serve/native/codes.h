@@ -12,18 +12,16 @@
 #include <immintrin.h>
 #endif
 
-/* Outputs of a tile: what a vector of this CPU holds. */
-#if defined(__AVX512F__)
-#define LANES 16
+#include "vectors.h"
+
+/* The outputs of a tile are the lanes of a vector of this CPU. */
+#if LANES == 16
 #define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
-#elif defined(__AVX2__) && defined(__F16C__)
-#define LANES 8
+#elif LANES == 8
 #define LANE_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7
 #else
-#define LANES 4
 #define LANE_NUMBERS 0, 1, 2, 3
 #endif
-#include "vectors.h"
 
 /* What a scale is stored as. */
 enum { FLOAT, HALF, NESTED };

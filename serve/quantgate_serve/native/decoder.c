@@ -6,6 +6,7 @@
  * computed for the rows alone that are read.
  */
 #include "layer.h"
+#include "vectors.h"
 
 #include <omp.h>
 #include <time.h>
@@ -83,7 +84,7 @@ enum { NO_EMBEDDING = -1, NO_ANGLES = -2 };
 static int64_t lay_out(const decoder *d, const step *s) {
     const int64_t most = MAX_ROWS * d->kv_heads / d->num_heads;
     /* Long chunks are cut, so that all threads share them. */
-    const int64_t size = most < 1 ? 1 : most < LANES ? most : LANES;
+    const int64_t size = most < 1 ? 1 : most < PAGE ? most : PAGE;
     int64_t t = 0, count = 0;
     for (int64_t c = 0; c < s->num_chunks; c++) {
         const int64_t *chunk = s->chunks + 3 * c;
@@ -94,7 +95,7 @@ static int64_t lay_out(const decoder *d, const step *s) {
             s->blocks[count++] = (block){t + i, left < size ? left : size, first + i, pages};
         }
         for (int64_t p = first; p < first + length; p++, t++) {
-            s->slots[t] = (int64_t)s->table[pages + p / LANES] * LANES + p % LANES;
+            s->slots[t] = (int64_t)s->table[pages + p / PAGE] * PAGE + p % PAGE;
             s->turns[t] = s->are_by_token ? t : p;
             if (s->ids[t] < 0 || s->ids[t] >= s->num_embeddings) return NO_EMBEDDING;
         }
@@ -176,7 +177,7 @@ static void decode_part(const decoder *d, step *s, int64_t num_blocks, int64_t t
         const layer *l = d->layers + i;
         norm(hidden, l->input_norm, normed, tokens, C, d->eps);
         COUNT(NORMS)
-        ahead pages = {s->keys[i], s->values[i], d->kv_heads * LANES * D, s->table, s->blocks,
+        ahead pages = {s->keys[i], s->values[i], d->kv_heads * PAGE * D, s->table, s->blocks,
                        num_blocks - 1 - thread, 0, threads};
         PRODUCT(QKV, qkv, normed, s->qkv, STORE, &pages)
         COUNT(LINEARS)

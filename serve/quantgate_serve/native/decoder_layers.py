@@ -10,7 +10,14 @@ from quantgate_serve import coded, huge_pages, linear
 from quantgate_serve.coded import CodedLinear, CodedProduct
 from quantgate_serve.native.layer import LANES, MAX_HEAD_DIM, MAX_ROWS, LayerKernels
 from quantgate_serve.native.library import INT, POINTER
-from quantgate_serve.native.linear import NativeLinear, alternate, can_multiply, packed_size, stack
+from quantgate_serve.native.linear import (
+    FEWEST_LANES,
+    NativeLinear,
+    alternate,
+    can_multiply,
+    packed_size,
+    stack,
+)
 
 
 class LinearFacts(ctypes.Structure):
@@ -35,7 +42,7 @@ class NativeLayer(nn.Module):
     def __init__(self, layer: Any, kernels: LayerKernels) -> None:
         super().__init__()
         attention, mlp = layer.self_attn, layer.mlp
-        sizes = [packed_size(part.weight) for part in _linears(layer)]
+        sizes = [packed_size(part.weight, kernels.lanes) for part in _linears(layer)]
         room = huge_pages.zeros((sum(sizes),), torch.float32)
         qkv, output, gate_up, down = torch.split(
             room, [sum(sizes[:3]), sizes[3], sum(sizes[4:6]), sizes[6]]
@@ -46,8 +53,10 @@ class NativeLayer(nn.Module):
         gate, up = _parts(mlp.gate_proj), _parts(mlp.up_proj)
         bias = None
         if gate[1] is not None and up[1] is not None:
-            bias = alternate(gate[1], up[1])
-        self.gate_up = NativeLinear(alternate(gate[0], up[0]), bias, kernels, room=gate_up)
+            bias = alternate(gate[1], up[1], kernels.lanes)
+        self.gate_up = NativeLinear(
+            alternate(gate[0], up[0], kernels.lanes), bias, kernels, room=gate_up
+        )
         self.down = NativeLinear(*_parts(mlp.down_proj), kernels, room=down)
         self.input_norm = _norm(layer.input_layernorm)
         self.post_norm = _norm(layer.post_attention_layernorm)
@@ -82,17 +91,18 @@ class CodedLayer(nn.Module):
         )
 
 
-def can_decode(model: Any) -> bool:
+def can_decode(model: Any, kernels: LayerKernels) -> bool:
     """Whether decoder.c is written for this Llama-like model on a CPU.
 
     Its Linears are plain and in FP32, or all of a layer are codes of quantized.c.
     """
     head_dim, config = int(model.model.layers[0].self_attn.head_dim), model.config
     return (
-        all(_has_codes(layer) or _is_plain(layer) for layer in model.model.layers)
+        all(_has_codes(layer) or _is_plain(layer, kernels) for layer in model.model.layers)
         and head_dim % LANES == 0
         and head_dim <= MAX_HEAD_DIM
         and config.num_attention_heads // config.num_key_value_heads <= MAX_ROWS
+        and config.hidden_size % LANES == 0
         and config.intermediate_size % LANES == 0
         and model.model.norm.weight.dtype == torch.float32
     )
@@ -104,8 +114,9 @@ def make_layer(layer: Any, kernels: LayerKernels) -> NativeLayer | CodedLayer:
 
 
 def make_head(head: nn.Linear, kernels: LayerKernels) -> nn.Module:
-    """A NativeLinear where linear.c is written for this head, else the best that torch has."""
-    if linear.is_plain(head) and can_multiply(head.weight):
+    """A NativeLinear where the kernels are written for this head, else the best that torch has."""
+    is_known = linear.is_plain(head) and can_multiply(head.weight, kernels)
+    if is_known and head.out_features % LANES == 0:
         return NativeLinear(*_parts(head), kernels)
     return linear.prepare(head)
 
@@ -116,8 +127,10 @@ def describe_linear(part: NativeLinear) -> LinearFacts:
     return LinearFacts(part.weight.data_ptr(), bias, part.in_features, part.out_features)
 
 
-def _is_plain(layer: Any) -> bool:
-    return all(linear.is_plain(part) and can_multiply(part.weight) for part in _linears(layer))
+def _is_plain(layer: Any, kernels: LayerKernels) -> bool:
+    return all(
+        linear.is_plain(part) and can_multiply(part.weight, kernels) for part in _linears(layer)
+    )
 
 
 def _has_codes(layer: Any) -> bool:
@@ -127,7 +140,7 @@ def _has_codes(layer: Any) -> bool:
         and coded.can_join([gate, up], is_gated=True)
         and isinstance(output, CodedLinear)
         and isinstance(down, CodedLinear)
-        and output.kernels.lanes == LANES
+        and output.kernels.lanes >= FEWEST_LANES
     )
 
 

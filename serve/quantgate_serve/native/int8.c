@@ -7,7 +7,6 @@
  * T rows, K input channels, N output channels in tiles of 16. Codes of weights are
  * [tiles, K4, 16, 4] with K4 = K / 4 rounded up. Called by int8.py.
  */
-#define LANES 16
 #include "vectors.h"
 
 #define MAX_ROWS 8 /* rows of which the sums of two tiles fit into registers */

@@ -1,23 +1,31 @@
 /* What lies between the Linears of a Llama-like layer on a CPU, in FP32: norms, rotation, attention.
  *
  * Attention reads keys and values where they lie in their pages. A page holds 16 tokens, which are
- * the lanes of one vector; decodes and chunks of prompts are the same to it. The order of every sum
- * depends on the token alone, so a result does not depend on batch mates or on threads.
+ * the lanes of one vector, or of some; decodes and chunks of prompts are the same to it. The order of
+ * every sum depends on the token alone, so a result does not depend on batch mates or on threads.
  *
  * T tokens of the step, N query heads, K key heads, G = N / K, D head dim (a multiple of 16).
  * Keys and values of a layer are [pages, K, 16, D]. Called by layer.py.
  */
 #include "layer.h"
+#include "vectors.h"
 
 #define TILE 256     /* tokens whose scores are held at once */
 #define MAX_DIM 256  /* layer.py knows it, too */
+/* Rows that four vectors of values are added to at once: sums have to fit into registers. */
+#if LANES == 16
+#define MIXED_ROWS 4
+#else
+#define MIXED_ROWS 2
+#endif
 /* Below so much work one thread is faster: a team costs some microseconds, and far more where the
  * other core is busy. Channels of a norm or rotation; pairs of query and key, each of all heads. */
 #define MIN_CHANNELS 32768
 #define MIN_PAIRS 1024
 
-/* Lanes of two vectors a and b, lane i of b being 16 + i: every other run of 8, 4, 2 lanes or 1 from
- * a, the rest from b; and the lanes of one vector with neighbouring runs exchanged. */
+/* Lanes of two vectors a and b, lane i of b being LANES + i: every other run of 8, 4, 2 lanes or 1
+ * from a, the rest from b; and the lanes of one vector with neighbouring runs exchanged. */
+#if LANES == 16
 #define BLEND_8 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31
 #define BLEND_4 0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31
 #define BLEND_2 0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31
@@ -26,6 +34,22 @@
 #define SWAP_4 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11
 #define SWAP_2 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13
 #define SWAP_1 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
+#define EACH_RUN(X) X(8) X(4) X(2) X(1)
+#elif LANES == 8
+#define BLEND_4 0, 1, 2, 3, 12, 13, 14, 15
+#define BLEND_2 0, 1, 10, 11, 4, 5, 14, 15
+#define BLEND_1 0, 9, 2, 11, 4, 13, 6, 15
+#define SWAP_4 4, 5, 6, 7, 0, 1, 2, 3
+#define SWAP_2 2, 3, 0, 1, 6, 7, 4, 5
+#define SWAP_1 1, 0, 3, 2, 5, 4, 7, 6
+#define EACH_RUN(X) X(4) X(2) X(1)
+#else
+#define BLEND_2 0, 1, 6, 7
+#define BLEND_1 0, 5, 2, 7
+#define SWAP_2 2, 3, 0, 1
+#define SWAP_1 1, 0, 3, 2
+#define EACH_RUN(X) X(2) X(1)
+#endif
 #define LANES_OF __builtin_shufflevector
 
 /* Both halves of each run of a in the place of the first one, of b in the place of the second. */
@@ -33,53 +57,50 @@
     (LANES_OF(a, b, BLEND_##n) +                                                             \
      LANES_OF(LANES_OF(b, a, BLEND_##n), LANES_OF(b, a, BLEND_##n), SWAP_##n))
 
-/* The sums of 16 vectors, one in each lane. */
+/* The sums of LANES vectors, one in each lane. */
 INLINE vec sums(vec *x) {
-    for (int i = 0; i < 8; i++) x[i] = ADD_HALVES(8, x[i], x[i + 8]);
-    for (int i = 0; i < 4; i++) x[i] = ADD_HALVES(4, x[i], x[i + 4]);
-    for (int i = 0; i < 2; i++) x[i] = ADD_HALVES(2, x[i], x[i + 2]);
-    return ADD_HALVES(1, x[0], x[1]);
+#define ADD_RUN(n) for (int i = 0; i < n; i++) x[i] = ADD_HALVES(n, x[i], x[i + n]);
+    EACH_RUN(ADD_RUN)
+    return x[0];
 }
 
 INLINE vec larger(vec x, vec y) { return choose(x > y, x, y); }
 
 INLINE float largest(vec x) {
-    x = larger(x, LANES_OF(x, x, SWAP_8));
-    x = larger(x, LANES_OF(x, x, SWAP_4));
-    x = larger(x, LANES_OF(x, x, SWAP_2));
-    return larger(x, LANES_OF(x, x, SWAP_1))[0];
+#define LARGER_RUN(n) x = larger(x, LANES_OF(x, x, SWAP_##n));
+    EACH_RUN(LARGER_RUN)
+    return x[0];
 }
 
 INLINE float add_lanes(vec x) {
-    x += LANES_OF(x, x, SWAP_8);
-    x += LANES_OF(x, x, SWAP_4);
-    x += LANES_OF(x, x, SWAP_2);
-    return (x + LANES_OF(x, x, SWAP_1))[0];
+#define ADD_SWAPPED(n) x += LANES_OF(x, x, SWAP_##n);
+    EACH_RUN(ADD_SWAPPED)
+    return x[0];
 }
 
 /* scores[t] = scale * q . page[t] for the 16 tokens of a page of keys. */
 INLINE void score_page(const float *q, const float *page, int dim, float scale, float *scores) {
-    vec x[LANES];
-    vec part = load(q);
-#pragma GCC unroll 16
-    for (int t = 0; t < LANES; t++) x[t] = part * load(page + t * dim);
-    for (int d = LANES; d < dim; d += LANES) {
-        part = load(q + d);
-#pragma GCC unroll 16
-        for (int t = 0; t < LANES; t++) x[t] += part * load(page + t * dim + d);
+    for (int first = 0; first < PAGE; first += LANES, page += LANES * dim) {
+        vec x[LANES];
+        vec part = load(q);
+        UNROLL for (int t = 0; t < LANES; t++) x[t] = part * load(page + t * dim);
+        for (int d = LANES; d < dim; d += LANES) {
+            part = load(q + d);
+            UNROLL for (int t = 0; t < LANES; t++) x[t] += part * load(page + t * dim + d);
+        }
+        store(scores + first, sums(x) * scale);
     }
-    store(scores, sums(x) * scale);
 }
 
 /* sums[r] += sum over n tokens of weights[r][t] * page[t], for `width` vectors of `rows` rows. */
 INLINE void mix_tokens(const float *weights, const float *page, int n, int dim, int rows, int width,
-                       vec sums[4][4], const float *next, const int fetches) {
+                       vec sums[MIXED_ROWS][4], const float *next, const int fetches) {
     for (int t = 0; t < n; t++) {
         vec value[4];
         for (int w = 0; w < width; w++) value[w] = load(page + t * dim + w * LANES);
         if (fetches)
-            for (int w = 0; w < width; w++)
-                __builtin_prefetch(next + t * dim + w * LANES, 0, 2);
+            for (int i = 0; i < width * LANES; i += LINE)
+                __builtin_prefetch(next + t * dim + i, 0, 2);
         for (int r = 0; r < rows; r++)
             for (int w = 0; w < width; w++) sums[r][w] += weights[r * TILE + t] * value[w];
     }
@@ -89,7 +110,7 @@ INLINE void mix_tokens(const float *weights, const float *page, int n, int dim, 
  * there is one. */
 INLINE void mix_block(const float *weights, const float *page, const float *next, int n, int dim,
                       int rows, int width, float *out) {
-    vec acc[4][4];
+    vec acc[MIXED_ROWS][4];
     for (int r = 0; r < rows; r++)
         for (int w = 0; w < width; w++) acc[r][w] = load(out + r * dim + w * LANES);
     if (next)
@@ -106,8 +127,10 @@ INLINE void mix_page(const float *weights, int rows, const float *page, const fl
     for (; d + 4 * LANES <= dim; d += 4 * LANES) {
         const float *ahead = next ? next + d : 0;
         int r = 0;
+#if MIXED_ROWS == 4
         for (; r + 4 <= rows; r += 4, ahead = 0)
             mix_block(weights + r * TILE, page + d, ahead, n, dim, 4, 4, out + r * dim + d);
+#endif
         for (; r + 2 <= rows; r += 2, ahead = 0)
             mix_block(weights + r * TILE, page + d, ahead, n, dim, 2, 4, out + r * dim + d);
         for (; r < rows; r++, ahead = 0)
@@ -121,17 +144,18 @@ INLINE void mix_page(const float *weights, int rows, const float *page, const fl
 
 /* The scores of a row over `pages` pages become weights; returns their sum, and the most seen. */
 INLINE float soften(float *scores, int pages, float *most) {
+    const int count = pages * PAGE;
     vec high = load(scores);
-    for (int p = 1; p < pages; p++) {
-        vec x = load(scores + p * LANES);
+    for (int i = LANES; i < count; i += LANES) {
+        vec x = load(scores + i);
         high = larger(x, high);
     }
     float now = largest(high);
     *most = now > *most ? now : *most;
     vec total = (vec){0};
-    for (int p = 0; p < pages; p++) {
-        vec weight = exponential(load(scores + p * LANES) - *most);
-        store(scores + p * LANES, weight);
+    for (int i = 0; i < count; i += LANES) {
+        vec weight = exponential(load(scores + i) - *most);
+        store(scores + i, weight);
         total += weight;
     }
     return add_lanes(total);
@@ -147,7 +171,7 @@ typedef struct {
 /* Asks for numbers that are soon read. The next page of a sequence lies anywhere, where the CPU does
  * not look by itself. */
 INLINE void fetch(const float *from, int count) {
-    for (int i = 0; i < count; i += LANES) __builtin_prefetch(from + i, 0, 2);
+    for (int i = 0; i < count; i += LINE) __builtin_prefetch(from + i, 0, 2);
 }
 
 /* Tokens `first` to `first + count` of one sequence, with `heads` neighbouring key heads. */
@@ -171,8 +195,8 @@ INLINE void attend_block(cache_view kv, const float *query, int64_t query_stride
     }
     for (int start = 0; start < length; start += TILE) {
         int end = start + TILE < length ? start + TILE : length;
-        int num_pages = (end - start + LANES - 1) / LANES;
-        const int32_t *at = pages + start / LANES;
+        int num_pages = (end - start + PAGE - 1) / PAGE;
+        const int32_t *at = pages + start / PAGE;
         /* All heads of a page, then the next page: memory is read in long runs. Behind the last
          * page of keys comes the first one of values. */
         for (int p = 0; p < num_pages; p++) {
@@ -180,16 +204,16 @@ INLINE void attend_block(cache_view kv, const float *query, int64_t query_stride
             const float *next = p + 1 < num_pages ? kv.keys + at[p + 1] * kv.page_stride
                                                   : kv.values + at[0] * kv.page_stride;
             for (int r = 0; r < rows; r++) {
-                int64_t head = r / per_head * LANES * dim;
-                if (r % per_head == 0) fetch(next + head, LANES * dim);
+                int64_t head = r / per_head * PAGE * dim;
+                if (r % per_head == 0) fetch(next + head, PAGE * dim);
                 score_page(q + r * dim, page + head, dim, kv.scale,
-                           scores + r * TILE + p * LANES);
+                           scores + r * TILE + p * PAGE);
             }
         }
         for (int r = 0; r < rows; r++) {
             float before = most[r];
             int seen = first + (r % per_head) / group + 1 - start;
-            for (int t = seen > 0 ? seen : 0; t < num_pages * LANES; t++)
+            for (int t = seen > 0 ? seen : 0; t < num_pages * PAGE; t++)
                 scores[r * TILE + t] = -INFINITY;
             float added = soften(scores + r * TILE, num_pages, &most[r]);
             if (start > 0) {
@@ -201,11 +225,11 @@ INLINE void attend_block(cache_view kv, const float *query, int64_t query_stride
         }
         for (int p = 0; p < num_pages; p++) {
             /* Slots behind the last token are not read: what lies there may be no number. */
-            int n = end - start - p * LANES < LANES ? end - start - p * LANES : LANES;
+            int n = end - start - p * PAGE < PAGE ? end - start - p * PAGE : PAGE;
             for (int k = 0; k < heads; k++) {
-                const float *values = kv.values + k * LANES * dim;
+                const float *values = kv.values + k * PAGE * dim;
                 const float *next = p + 1 < num_pages ? values + at[p + 1] * kv.page_stride : 0;
-                mix_page(scores + k * per_head * TILE + p * LANES, per_head,
+                mix_page(scores + k * per_head * TILE + p * PAGE, per_head,
                          values + at[p] * kv.page_stride, next, n, dim, out + k * per_head * dim);
             }
         }
@@ -227,11 +251,11 @@ static int heads_together(int count, int group, int kv_heads, int64_t num_blocks
 
 void write_part(const attention *a) {
     const int64_t dim = a->dim, kv_heads = a->kv_heads, stride = a->stride;
-    const int64_t page_stride = kv_heads * LANES * dim;
+    const int64_t page_stride = kv_heads * PAGE * dim;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < a->tokens; t++) {
-        int64_t at = a->slots[t] / LANES * page_stride + a->slots[t] % LANES * dim;
-        for (int64_t k = 0; k < kv_heads; k++, at += LANES * dim) {
+        int64_t at = a->slots[t] / PAGE * page_stride + a->slots[t] % PAGE * dim;
+        for (int64_t k = 0; k < kv_heads; k++, at += PAGE * dim) {
             memcpy(a->keys + at, a->key + t * stride + k * dim, sizeof(float) * dim);
             memcpy(a->values + at, a->value + t * stride + k * dim, sizeof(float) * dim);
         }
@@ -240,7 +264,7 @@ void write_part(const attention *a) {
 
 void attend_part(const attention *a) {
     const int64_t dim = a->dim, kv_heads = a->kv_heads, stride = a->stride;
-    const int64_t page_stride = kv_heads * LANES * dim, output_stride = a->num_heads * dim;
+    const int64_t page_stride = kv_heads * PAGE * dim, output_stride = a->num_heads * dim;
     const int group = a->num_heads / kv_heads;
 #pragma omp for schedule(dynamic, 1)
     /* From the last one, the longest of the decodes: so no thread waits long for the others. */
@@ -249,7 +273,7 @@ void attend_part(const attention *a) {
         int64_t k = i % kv_heads;
         int heads = heads_together(b.count, group, kv_heads, a->num_blocks, a->threads);
         if (k % heads != 0 || (a->is_read && !memchr(a->is_read + b.token, 1, b.count))) continue;
-        cache_view kv = {a->keys + k * LANES * dim, a->values + k * LANES * dim, page_stride,
+        cache_view kv = {a->keys + k * PAGE * dim, a->values + k * PAGE * dim, page_stride,
                          group, dim, a->scale};
         const float *from = a->query + b.token * stride + k * group * dim;
         float *to = a->output + b.token * output_stride + k * group * dim;

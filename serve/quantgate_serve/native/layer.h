@@ -1,10 +1,10 @@
-/* What the kernels over FP32 weights share: vectors of 16 floats, and what a step's parts are told.
+/* What the kernels over FP32 weights share: what a step's parts are told.
  *
  * A function named _part is called by every thread of a team, and does its part of the work.
  */
-#define LANES 16 /* of a vector; tokens of a page */
-#include "vectors.h"
+#include <stdint.h>
 
+#define PAGE 16     /* tokens of a page */
 #define MAX_ROWS 32 /* query rows that share what is read of a tile; layer.py knows it, too */
 
 /* Tokens `token` to `token + count` of the step, `first` being the position of the first one of
@@ -34,8 +34,8 @@ void write_part(const attention *a);
 /* Attends; keys and values are in their slots. */
 void attend_part(const attention *a);
 
-/* y = x W^T + b: x [tokens, depth], y [tokens, width], both contiguous; width is a multiple of 16.
- * `weight` lies in panels of 32 outputs, each [depth, 32]; `bias` may be null. */
+/* y = x W^T + b: x [tokens, depth], y [tokens, width], both contiguous; width is a multiple of L, the
+ * lanes of linear.c. `weight` lies in panels of 2 L outputs, each [depth, 2 L]; `bias` may be null. */
 typedef struct {
     const float *weight, *bias;
     int64_t depth, width;
@@ -53,7 +53,7 @@ typedef struct {
 } ahead;
 
 /* What becomes of a product: stored, added to what is there, or silu(first half) * second half,
- * the halves alternating in the weights after every 16 outputs (y is half as wide). */
+ * the halves alternating in the weights after every L outputs (y is half as wide). */
 enum { STORE, ADD, GATE };
 /* `pages` may be null. */
 void linear_part(const linear *l, const float *x, float *y, int64_t tokens, int what,

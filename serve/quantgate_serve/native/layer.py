@@ -12,7 +12,9 @@ from torch import Tensor
 from quantgate_serve.kv.storage import KVStorage
 from quantgate_serve.native.library import FLOAT, INT, POINTER, address, bind, find
 
-# What layer.c is written for.
+# What layer.c is written for: so many tokens in a page, and channels in multiples of the longest
+# vector, which are multiples of the shorter ones of other CPUs, too.
+PAGE = 16
 LANES = 16
 MAX_ROWS = 32
 MAX_HEAD_DIM = 256
@@ -33,6 +35,8 @@ class LayerKernels:
         self._rotate = bind(library.rotate, POINTER, INT, POINTER, POINTER, *[INT] * 6)
         self._add_norm = bind(library.add_norm, *[POINTER] * 4, INT, INT, FLOAT, INT)
         self._multiply = bind(library.multiply, *[POINTER] * 4, *[INT] * 4)
+        # Of the vectors of linear.c.
+        self.lanes: int = INT.in_dll(library, "lanes").value
         # decoder.c's structures by address: see decoder.py.
         self.decode = bind(library.decode, POINTER, POINTER, INT, POINTER, result=INT)
 
@@ -137,7 +141,7 @@ def can_attend(kv: KVStorage, num_heads: int) -> bool:
     return (
         kv.device.type == "cpu"
         and shape.dtype == torch.float32
-        and kv.page_size == LANES
+        and kv.page_size == PAGE
         and shape.head_dim % LANES == 0
         and shape.head_dim <= MAX_HEAD_DIM
         and num_heads // shape.num_kv_heads <= MAX_ROWS

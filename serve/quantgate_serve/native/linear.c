@@ -1,16 +1,26 @@
 /* FP32 products with packed weights. A sum runs over the inputs in order, whatever the other rows
  * are, so a result does not depend on batch mates or on threads.
  *
- * Weights lie in panels of 32 outputs (two vectors); a tile of rows keeps its sums in registers
- * over all inputs. Few rows take one panel (14 rows x 2 vectors), many two (7 x 4): 28 of the 32
- * registers either way. While a panel is used, the next one is fetched, by one of its tiles; the
- * other tiles, whose products leave memory idle, may fetch pages.
+ * Weights lie in panels of two vectors of outputs; a tile of rows keeps its sums in registers over
+ * all inputs. With AVX-512 few rows take one panel (14 rows x 2 vectors), many two (7 x 4): 28 of the
+ * 32 registers either way; else all take one (6 x 2). While a panel is used, the next one is fetched,
+ * by one of its tiles; the other tiles, whose products leave memory idle, may fetch pages.
  */
 #include "layer.h"
+#include "vectors.h"
 
 #define PANEL (2 * LANES)
+#if LANES == 16
+#define ROWS 14
 #define GROUP 98 /* rows that stay in the second cache beside a pair of panels */
 #define FEW 28   /* rows up to which one panel at a time is faster (measured on a Zen 4) */
+#define SPREADS 0
+#else
+#define ROWS 6
+#define GROUP 48
+#define FEW GROUP
+#define SPREADS 1 /* whether each tile fetches a share of the next panel (measured on a Zen 3) */
+#endif
 
 /* Where a tile's sums go: `width` outputs of y's rows, from `column` on. */
 typedef struct {
@@ -39,15 +49,18 @@ INLINE void finish(target to, vec *sums, int row, int vectors) {
     }
 }
 
-/* What a tile asks for: the next panel, or else lines of two pieces of memory in turn. */
+/* What a tile asks for: its share of the next panels, in 65536ths, and lines of two pieces of memory
+ * in turn. */
 typedef struct {
-    const float *panel, *pieces[2];
+    const float *panel;
+    int64_t share;
+    const float *pieces[2];
     int64_t lines;
 } fetched;
 
 INLINE void tile(const float *x, int64_t depth, const float *panel, fetched next, target to,
                  const int rows, const int panels) {
-    vec sums[14][4];
+    vec sums[ROWS][4];
 #pragma GCC unroll 16
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
@@ -59,10 +72,10 @@ INLINE void tile(const float *x, int64_t depth, const float *panel, fetched next
             weight[w] = load(panel + (w / 2 * depth + k) * PANEL + w % 2 * LANES);
         if (next.panel)
 #pragma GCC unroll 4
-            for (int w = 0; w < 2 * panels; w++)
-                __builtin_prefetch(next.panel + (2 * panels * k + w) * LANES, 0, 2);
-        else if (k < next.lines)
-            __builtin_prefetch(next.pieces[k % 2] + k / 2 * LANES, 0, 2);
+            for (int i = 0; i < panels * PANEL; i += LINE)
+                __builtin_prefetch(next.panel + (k * next.share >> 16) * panels * PANEL + i, 0, 2);
+        if ((SPREADS || !next.panel) && k < next.lines)
+            __builtin_prefetch(next.pieces[k % 2] + k / 2 * LINE, 0, 2);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
             vec input = all(x[r * depth + k]);
@@ -79,28 +92,47 @@ static void some_rows(int rows, int panels, const float *x, int64_t depth, const
                       fetched next, target to) {
 #define CASE(n, p) case 100 * p + n: tile(x, depth, panel, next, to, n, p); break;
     switch (100 * panels + rows) {
-        CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1) CASE(5, 1) CASE(6, 1) CASE(7, 1)
-        CASE(8, 1) CASE(9, 1) CASE(10, 1) CASE(11, 1) CASE(12, 1) CASE(13, 1) CASE(14, 1)
+        CASE(1, 1) CASE(2, 1) CASE(3, 1) CASE(4, 1) CASE(5, 1) CASE(6, 1)
+#if ROWS == 14
+        CASE(7, 1) CASE(8, 1) CASE(9, 1) CASE(10, 1) CASE(11, 1) CASE(12, 1) CASE(13, 1)
+        CASE(14, 1)
         CASE(1, 2) CASE(2, 2) CASE(3, 2) CASE(4, 2) CASE(5, 2) CASE(6, 2) CASE(7, 2)
+#endif
     }
 }
 
-/* The keys and values of the next page; nothing where there is none. */
-static fetched next_page(ahead *a) {
+/* Lets a tile fetch the keys and values of the next page, if there is one. */
+static void fetch_page(ahead *a, fetched *next) {
     for (; a && a->block >= 0; a->block -= a->threads, a->page = 0) {
         const block *b = a->blocks + a->block;
-        if (b->count > 1 || a->page * LANES >= b->first) continue;
+        if (b->count > 1 || a->page * PAGE >= b->first) continue;
         int64_t at = a->pages[b->pages + a->page++] * a->page_stride;
-        return (fetched){0, {a->keys + at, a->values + at}, 2 * a->page_stride / LANES};
+        next->pieces[0] = a->keys + at;
+        next->pieces[1] = a->values + at;
+        next->lines = 2 * a->page_stride / LINE;
+        return;
     }
-    return (fetched){0};
+}
+
+/* What the i-th of some tiles asks for, `after` being the next panels or null. */
+static fetched next_of(const float *after, int64_t size, int64_t i, int64_t tiles, ahead *pages) {
+    fetched next = {0};
+    if (after && SPREADS) {
+        next.panel = after + i * size / tiles / LINE * LINE;
+        next.share = 65536 / tiles + 1;
+    } else if (after && i == tiles / 2) {
+        next.panel = after;
+        next.share = 65536;
+    }
+    if (SPREADS || i != tiles / 2) fetch_page(pages, &next);
+    return next;
 }
 
 /* Panels `first` to `end` over rows `row` to `row + count`. */
 static void some_panels(const linear *l, const float *x, float *y, int64_t row, int64_t count,
                         int64_t first, int64_t end, int what, ahead *pages) {
     const int64_t stride = what == GATE ? l->width / 2 : l->width;
-    const int together = count > FEW ? 2 : 1, most = count > FEW ? 7 : 14;
+    const int together = count > FEW ? 2 : 1, most = ROWS / together;
     const int64_t tiles = (count + most - 1) / most;
     for (int64_t p = first; p < end; p += together) {
         int panels = p + 1 < end ? together : 1;
@@ -109,7 +141,7 @@ static void some_panels(const linear *l, const float *x, float *y, int64_t row, 
         for (int64_t i = 0; i < tiles; i++) {
             int64_t from = row + count * i / tiles, to = row + count * (i + 1) / tiles;
             target at = {l->bias, y + from * stride, stride, l->width, p * PANEL, what};
-            fetched next = i == tiles / 2 ? (fetched){after, {0}, 0} : next_page(pages);
+            fetched next = next_of(after, panels * PANEL * l->depth, i, tiles, pages);
             some_rows(to - from, panels, x + from * l->depth, l->depth, panel, next, at);
         }
     }

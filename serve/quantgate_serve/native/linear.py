@@ -1,4 +1,7 @@
-"""FP32 Linears by linear.c: weights in panels of 32 outputs, in huge pages."""
+"""FP32 Linears by linear.c: weights in panels of two vectors of outputs, in huge pages.
+
+L is the lanes of a vector: 16 with AVX-512, 8 with AVX2.
+"""
 
 from collections.abc import Sequence
 
@@ -6,18 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from quantgate_serve import huge_pages
-from quantgate_serve.native.layer import LANES, LayerKernels
+from quantgate_serve.native.layer import LayerKernels
 
-_PANEL = 2 * LANES
+# With shorter vectors it was not compared with torch's products.
+FEWEST_LANES = 8
 
 
-def can_multiply(weight: Tensor) -> bool:
-    """Whether linear.c is written for this weight: its sums fill the registers of AVX-512."""
+def can_multiply(weight: Tensor, kernels: LayerKernels) -> bool:
+    """Whether linear.c is written for this weight and this CPU."""
     return (
-        torch.backends.cpu.get_cpu_capability() == "AVX512"
+        kernels.lanes >= FEWEST_LANES
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32
-        and weight.shape[0] % LANES == 0
+        and weight.shape[0] % kernels.lanes == 0
     )
 
 
@@ -35,12 +39,12 @@ class NativeLinear(nn.Module):
         *,
         room: Tensor | None = None,
     ) -> None:
-        """`weight` [out, in], `out` divisible by 16; packed into `room` [packed_size] if given."""
+        """`weight` [out, in], `out` divisible by L; packed into `room` [packed_size] if given."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
         if room is None:
-            room = huge_pages.zeros((packed_size(weight),), weight.dtype)
-        self.register_buffer("weight", _pack(weight, room), persistent=False)
+            room = huge_pages.zeros((packed_size(weight, kernels.lanes),), weight.dtype)
+        self.register_buffer("weight", _pack(weight, room, kernels.lanes), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.contiguous())
         self._kernels = kernels
 
@@ -52,15 +56,15 @@ class NativeLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def packed_size(weight: Tensor) -> int:
+def packed_size(weight: Tensor, lanes: int) -> int:
     """How many numbers `weight` [out, in] is in panels."""
-    return -(-weight.shape[0] // _PANEL) * _PANEL * weight.shape[1]
+    return -(-weight.shape[0] // (2 * lanes)) * 2 * lanes * weight.shape[1]
 
 
-def alternate(first: Tensor, second: Tensor) -> Tensor:
-    """Rows of both, 16 of `first` and the same 16 of `second` in turn, as linear.c's gate wants."""
+def alternate(first: Tensor, second: Tensor, lanes: int) -> Tensor:
+    """Rows of both, L of `first` and the same L of `second` in turn, as linear.c's gate wants."""
     rest = first.shape[1:]
-    pairs = torch.stack((first.view(-1, LANES, *rest), second.view(-1, LANES, *rest)), dim=1)
+    pairs = torch.stack((first.view(-1, lanes, *rest), second.view(-1, lanes, *rest)), dim=1)
     return pairs.view(2 * len(first), *rest)
 
 
@@ -73,12 +77,13 @@ def stack(parts: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor
     return weight, torch.cat(biases)
 
 
-def _pack(weight: Tensor, room: Tensor) -> Tensor:
-    """Panels [ceil(out / 32), in, 32] of `weight` [out, in] in `room`, which holds zeros."""
+def _pack(weight: Tensor, room: Tensor, lanes: int) -> Tensor:
+    """Panels [ceil(out / 2 L), in, 2 L] of `weight` [out, in] in `room`, which holds zeros."""
     num_outputs, depth = weight.shape
-    panels = room.view(-1, depth, _PANEL)
-    whole = num_outputs // _PANEL
-    panels[:whole] = weight[: whole * _PANEL].view(whole, _PANEL, depth).transpose(1, 2)
+    each = 2 * lanes
+    panels = room.view(-1, depth, each)
+    whole = num_outputs // each
+    panels[:whole] = weight[: whole * each].view(whole, each, depth).transpose(1, 2)
     if whole < len(panels):
-        panels[whole, :, : num_outputs - whole * _PANEL] = weight[whole * _PANEL :].t()
+        panels[whole, :, : num_outputs - whole * each] = weight[whole * each :].t()
     return panels

@@ -1,6 +1,14 @@
-/* Vectors of LANES floats. Who includes this says before how many those are: 16 where a vector is a
- * page's tokens (layer.h), what this CPU holds where it is a tile's outputs (codes.h).
- */
+/* Vectors of LANES floats: what this CPU holds. */
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__) && defined(__F16C__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+#define LINE 16 /* floats that memory gives at once */
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

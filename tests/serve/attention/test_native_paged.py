@@ -12,7 +12,7 @@ from torch.nn import functional
 from quantgate_serve.attention import native_paged
 from quantgate_serve.attention.native_paged import build_step
 from quantgate_serve.kv.storage import KVShape, KVStorage
-from quantgate_serve.native.layer import LANES, can_attend, find_kernels
+from quantgate_serve.native.layer import PAGE, can_attend, find_kernels
 from quantgate_serve.page_tables import PageTables
 from quantgate_serve.request import Request, SamplingParams
 from quantgate_serve.scheduler import Chunk
@@ -37,12 +37,12 @@ class Case:
         self.parts, self.group = parts, group
         self.generator = torch.Generator().manual_seed(seed)
         shape = KVShape(2, kv_heads, head_dim, torch.float32)
-        self.kv = KVStorage(shape, num_pages=NUM_PAGES, page_size=LANES, device=torch.device("cpu"))
+        self.kv = KVStorage(shape, num_pages=NUM_PAGES, page_size=PAGE, device=torch.device("cpu"))
         for tensor in [*self.kv.keys, *self.kv.values]:
             tensor.fill_(float("nan"))  # what nobody has written must not be read
         free = torch.randperm(NUM_PAGES, generator=self.generator).tolist()
         self.pages = [
-            [free.pop() for _ in range(-(-(start + length) // LANES))] for start, length in parts
+            [free.pop() for _ in range(-(-(start + length) // PAGE))] for start, length in parts
         ]
         # [heads, tokens, D] of each sequence, and its query over the new tokens.
         self.keys = [self._random(kv_heads, sum(part), head_dim) for part in parts]
@@ -52,7 +52,7 @@ class Case:
             parts, self.pages, self.keys, self.values, strict=True
         ):
             for position in range(start):
-                page, offset = pages[position // LANES], position % LANES
+                page, offset = pages[position // PAGE], position % PAGE
                 self.kv.keys[1][page, :, offset] = key[:, position]
                 self.kv.values[1][page, :, offset] = value[:, position]
 
@@ -65,7 +65,7 @@ class Case:
             request.pages = self.pages[row]
             chunks.append(Chunk(request, start, length))
         tables = PageTables(width=NUM_PAGES, null_page=NUM_PAGES)
-        return build_inputs(chunks, tables, num_decodes=0, page_size=LANES)
+        return build_inputs(chunks, tables, num_decodes=0, page_size=PAGE)
 
     def attend(self, rows: list[int]) -> list[Tensor]:
         """[N, new tokens, D] of each of the sequences `rows`, computed in one step."""
@@ -147,7 +147,7 @@ def test_this_step_s_keys_and_values_are_stored_and_nothing_else() -> None:
     ):
         for (start, length), pages, tokens in zip(case.parts, case.pages, sequences, strict=True):
             for position in range(start, start + length):
-                page, offset = pages[position // LANES], position % LANES
+                page, offset = pages[position // PAGE], position % PAGE
                 assert torch.equal(now[page, :, offset], tokens[:, position])
                 then[page, :, offset] = tokens[:, position]
         assert torch.equal(now.nan_to_num(7.0), then.nan_to_num(7.0))
@@ -212,7 +212,7 @@ def test_other_shapes_are_left_to_torch(
     kv = KVStorage(
         KVShape(**values),  # type: ignore[arg-type]
         num_pages=1,
-        page_size=LANES,
+        page_size=PAGE,
         device=torch.device("cpu"),
     )
     assert can_attend(kv, num_heads) is expected

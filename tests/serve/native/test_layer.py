@@ -74,6 +74,9 @@ def test_a_lesser_cpu_has_every_kernel_but_llm_int8_s(
     hidden, weight = (torch.randn(5, 96, generator=generator) for _ in range(2))
     norm = NativeNorm(weight[0], 1e-5, kernels)
     assert torch.allclose(norm(hidden), ShortNorm(weight[0], 1e-5)(hidden), atol=1e-6)
-    matrix = torch.randn(48, 96, generator=generator)
-    product = NativeLinear(matrix, None, kernels)(hidden)
-    assert torch.allclose(product, hidden @ matrix.t(), atol=1e-4)
+    # One panel, two and a half, and rows in one tile, in several, in more than one group.
+    for outputs, rows in ((8, 1), (16, 4), (48, 7), (80, 53), (32, 120)):
+        matrix = torch.randn(outputs, 96, generator=generator)
+        x = torch.randn(rows, 96, generator=generator)
+        product = NativeLinear(matrix, None, kernels)(x)
+        assert torch.allclose(product, x @ matrix.t(), atol=1e-4)
