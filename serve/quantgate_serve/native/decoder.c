@@ -6,7 +6,7 @@
  * computed for the rows alone that are read.
  */
 #include "layer.h"
-#include "vectors.h"
+#include "rows.h"
 
 #include <omp.h>
 #include <time.h>
@@ -68,15 +68,10 @@ static int64_t now_ns(int64_t threads) {
     return t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-static void norm(const float *x, const float *weight, float *to, int64_t tokens, int64_t width,
+static void norm(float *x, const float *weight, float *to, int64_t tokens, int64_t width,
                  float eps) {
-    for (int64_t t = 0; t < tokens; t++, x += width, to += width) {
-        vec squares = (vec){0};
-        for (int64_t c = 0; c < width; c += LANES) squares += load(x + c) * load(x + c);
-        float scale = 1.0f / sqrtf(sum(squares) / width + eps);
-        for (int64_t c = 0; c < width; c += LANES)
-            store(to + c, load(x + c) * scale * load(weight + c));
-    }
+    for (int64_t t = 0; t < tokens; t++)
+        norm_row(x + t * width, 0, weight, to + t * width, width, eps);
 }
 
 /* Slots, angles and blocks of the step's tokens; how many blocks, or the error. */
@@ -112,22 +107,14 @@ static void embed(const decoder *d, const step *s) {
                sizeof(float) * d->hidden);
 }
 
-/* Rotate query and key: channels i and i + D / 2 of each head. */
+/* Rotate query and key. */
 static void rotate_rows(const decoder *d, const step *s) {
     const int64_t half = d->dim / 2, stride = (d->num_heads + 2 * d->kv_heads) * d->dim;
     /* Shared out as the rows of write_part are, which need not wait therefore. */
 #pragma omp for schedule(static) nowait
-    for (int64_t t = 0; t < s->tokens; t++) {
-        const float *c = s->cos + s->turns[t] * half, *n = s->sin + s->turns[t] * half;
-        for (int64_t h = 0; h < d->num_heads + d->kv_heads; h++) {
-            float *head = s->qkv + t * stride + h * d->dim;
-            for (int64_t i = 0; i < half; i++) {
-                float a = head[i], b = head[i + half];
-                head[i] = a * c[i] - b * n[i];
-                head[i + half] = b * c[i] + a * n[i];
-            }
-        }
-    }
+    for (int64_t t = 0; t < s->tokens; t++)
+        rotate_heads(s->qkv + t * stride, d->num_heads + d->kv_heads, d->dim,
+                     s->cos + s->turns[t] * half, s->sin + s->turns[t] * half);
 }
 
 /* The largest of a row of logits, the first of equals. Gives whether it is finite and none is NaN. */
@@ -223,7 +210,7 @@ static void decode_part(const decoder *d, step *s, int64_t num_blocks, int64_t t
     } else {
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++)
-            norm(hidden + t * C, d->last_norm, hidden + t * C, 1, C, d->eps);
+            norm_row(hidden + t * C, 0, d->last_norm, hidden + t * C, C, d->eps);
     }
     COUNT(LOGITS)
 }

@@ -8,7 +8,7 @@
  * Keys and values of a layer are [pages, K, 16, D]. Called by layer.py.
  */
 #include "layer.h"
-#include "vectors.h"
+#include "rows.h"
 
 #define TILE 256     /* tokens whose scores are held at once */
 #define MAX_DIM 256  /* layer.py knows it, too */
@@ -308,28 +308,27 @@ void attend(const float *query, const float *key, const float *value, int64_t st
     }
 }
 
+/* As rotate_heads, for channels 2i and 2i + 1. */
+static void rotate_pairs(float *head, int64_t heads, int64_t dim, const float *cos,
+                         const float *sin) {
+    for (int64_t h = 0; h < heads; h++, head += dim)
+        for (int64_t i = 0; i < dim / 2; i++) {
+            float a = head[2 * i], b = head[2 * i + 1];
+            head[2 * i] = a * cos[i] - b * sin[i];
+            head[2 * i + 1] = b * cos[i] + a * sin[i];
+        }
+}
+
 static void rotate_part(float *x, int64_t stride, const float *cos, const float *sin,
                         int64_t angles, int64_t tokens, int64_t heads, int64_t dim,
                         int64_t paired) {
-    const int64_t half = dim / 2;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; t++) {
         const float *c = cos + t * angles, *s = sin + t * angles;
-        for (int64_t h = 0; h < heads; h++) {
-            float *head = x + t * stride + h * dim;
-            if (paired)
-                for (int64_t i = 0; i < half; i++) {
-                    float a = head[2 * i], b = head[2 * i + 1];
-                    head[2 * i] = a * c[i] - b * s[i];
-                    head[2 * i + 1] = b * c[i] + a * s[i];
-                }
-            else
-                for (int64_t i = 0; i < half; i++) {
-                    float a = head[i], b = head[i + half];
-                    head[i] = a * c[i] - b * s[i];
-                    head[i + half] = b * c[i] + a * s[i];
-                }
-        }
+        if (paired)
+            rotate_pairs(x + t * stride, heads, dim, c, s);
+        else
+            rotate_heads(x + t * stride, heads, dim, c, s);
     }
 }
 
@@ -348,21 +347,9 @@ void rotate(float *x, int64_t stride, const float *cos, const float *sin, int64_
 static void add_norm_part(float *hidden, const float *delta, const float *weight, float *normed,
                           int64_t tokens, int64_t width, float eps) {
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < tokens; t++) {
-        float *x = hidden + t * width;
-        vec squares = (vec){0};
-        for (int64_t c = 0; c < width; c += LANES) {
-            vec h = load(x + c);
-            if (delta) {
-                h += load(delta + t * width + c);
-                store(x + c, h);
-            }
-            squares += h * h;
-        }
-        float scale = 1.0f / sqrtf(sum(squares) / width + eps);
-        for (int64_t c = 0; c < width; c += LANES)
-            store(normed + t * width + c, load(x + c) * scale * load(weight + c));
-    }
+    for (int64_t t = 0; t < tokens; t++)
+        norm_row(hidden + t * width, delta ? delta + t * width : 0, weight, normed + t * width,
+                 width, eps);
 }
 
 /* hidden += delta, where there is one; normed = hidden / rms(hidden) * weight. All [T, width]. */
