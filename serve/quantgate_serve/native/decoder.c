@@ -137,26 +137,33 @@ static int find_best(const float *row, int64_t width, int64_t *best) {
     return !nans && isfinite(high[lane]);
 }
 
+/* `claims` are two counts of linear_part, which take turns: while one is in use, the other is made 0
+ * again. */
+enum { CLAIM = 8 /* numbers from one to the other, which lie in different lines */ };
 static void decode_part(const decoder *d, step *s, int64_t num_blocks, int64_t thread,
-                        int64_t threads, int64_t *ns) {
+                        int64_t threads, int64_t *claims, int64_t *ns) {
     const int64_t C = d->hidden, D = d->dim, mixed_width = d->num_heads * D;
     const int64_t stride = (d->num_heads + 2 * d->kv_heads) * D;
     const int64_t most = s->tokens > s->num_rows ? s->tokens : s->num_rows;
     float *normed = s->normed + thread * most * C;
     float *hidden = s->hidden, *mixed = s->mixed;
-    int64_t tokens = s->tokens, then = ns ? now_ns(threads) : 0;
+    int64_t tokens = s->tokens, then = ns ? now_ns(threads) : 0, turn = 0;
 #define COUNT(part)                      \
     if (ns && thread == 0) {             \
         int64_t now = now_ns(threads);   \
         ns[part] += now - then;          \
         then = now;                      \
     }
-#define PRODUCT(index, part, x, y, what, pages)                                  \
-    if (l->codes[index]) {                                                       \
-        coded_part(l->codes[index], x, tokens, s->scratch, y, what == ADD);      \
-    } else {                                                                     \
-        linear_part(&l->part, x, y, tokens, what, thread, threads, pages);       \
-        _Pragma("omp barrier")                                                   \
+#define LINEAR(part, x, y, what, pages)                                           \
+    if (thread == 0) claims[CLAIM * (1 - turn)] = 0;                              \
+    linear_part(part, x, y, tokens, what, threads, claims + CLAIM * turn, pages); \
+    turn = 1 - turn;                                                              \
+    _Pragma("omp barrier")
+#define PRODUCT(index, part, x, y, what, pages)                                   \
+    if (l->codes[index]) {                                                        \
+        coded_part(l->codes[index], x, tokens, s->scratch, y, what == ADD);       \
+    } else {                                                                      \
+        LINEAR(&l->part, x, y, what, pages)                                       \
     }
     embed(d, s);
     COUNT(EMBEDDING)
@@ -199,8 +206,7 @@ static void decode_part(const decoder *d, step *s, int64_t num_blocks, int64_t t
     }
     if (s->logits) {
         norm(hidden, d->last_norm, normed, tokens, C, d->eps);
-        linear_part(&d->head, normed, s->logits, tokens, STORE, thread, threads, 0);
-#pragma omp barrier
+        LINEAR(&d->head, normed, s->logits, STORE, 0)
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++)
             if (!find_best(s->logits + t * d->head.width, d->head.width, s->best + t)) {
@@ -221,7 +227,8 @@ int64_t decode(const decoder *d, step *s, int64_t threads, int64_t *ns) {
     int64_t num_blocks = lay_out(d, s);
     if (num_blocks < 0) return num_blocks;
     s->is_finite = 1;
+    int64_t claims[2 * CLAIM] = {0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    decode_part(d, s, num_blocks, omp_get_thread_num(), omp_get_num_threads(), ns);
+    decode_part(d, s, num_blocks, omp_get_thread_num(), omp_get_num_threads(), claims, ns);
     return 0;
 }

@@ -55,9 +55,10 @@ typedef struct {
 /* What becomes of a product: stored, added to what is there, or silu(first half) * second half,
  * the halves alternating in the weights after every L outputs (y is half as wide). */
 enum { STORE, ADD, GATE };
-/* `pages` may be null. */
+/* `claimed` is the team's: 0 before the first of its threads comes here, and not to be used for another
+ * product before all have left. `pages` may be null. */
 void linear_part(const linear *l, const float *x, float *y, int64_t tokens, int what,
-                 int64_t thread, int64_t threads, ahead *pages);
+                 int64_t threads, int64_t *claimed, ahead *pages);
 
 /* quantized.c: y [rows, outputs] of x [rows, inputs] by Linears that are stored as codes. */
 void coded_part(const void *codes, const float *x, int64_t rows, float *scratch, float *y,

@@ -5,6 +5,9 @@
  * all inputs. With AVX-512 few rows take one panel (14 rows x 2 vectors), many two (7 x 4): 28 of the
  * 32 registers either way; else all take one (6 x 2). While a panel is used, the next one is fetched,
  * by one of its tiles; the other tiles, whose products leave memory idle, may fetch pages.
+ *
+ * Threads claim panels as they go, ever fewer at a time: on a shared machine none is as fast as the
+ * others for long.
  */
 #include "layer.h"
 #include "vectors.h"
@@ -14,11 +17,13 @@
 #define ROWS 14
 #define GROUP 98 /* rows that stay in the second cache beside a pair of panels */
 #define FEW 28   /* rows up to which one panel at a time is faster (measured on a Zen 4) */
+#define UNIT 2   /* panels that are claimed together */
 #define SPREADS 0
 #else
 #define ROWS 6
-#define GROUP 48
+#define GROUP 72
 #define FEW GROUP
+#define UNIT 1
 #define SPREADS 1 /* whether each tile fetches a share of the next panel (measured on a Zen 3) */
 #endif
 
@@ -128,43 +133,59 @@ static fetched next_of(const float *after, int64_t size, int64_t i, int64_t tile
     return next;
 }
 
-/* Panels `first` to `end` over rows `row` to `row + count`. */
+/* Panels `first` to `end` over a group of rows. */
+typedef struct {
+    int64_t first, end, group;
+} share;
+
+/* The next share of so many panels for each of `groups`; an empty one when all are taken. */
+static share claim(int64_t *claimed, int64_t panels, int64_t groups, int64_t threads) {
+    const int64_t units = (panels + UNIT - 1) / UNIT, total = units * groups;
+    int64_t first = __atomic_load_n(claimed, __ATOMIC_RELAXED), count;
+    do {
+        if (first >= total) return (share){0};
+        const int64_t left_of_group = units - first % units;
+        count = (total - first) / (4 * threads);
+        count = count < 1 ? 1 : count < left_of_group ? count : left_of_group;
+    } while (!__atomic_compare_exchange_n(claimed, &first, first + count, 1, __ATOMIC_RELAXED,
+                                          __ATOMIC_RELAXED));
+    const int64_t unit = first % units, end = UNIT * (unit + count);
+    return (share){UNIT * unit, end < panels ? end : panels, first / units};
+}
+
+/* A share over its `count` rows from `row` on; `after` is the first panel of the next one, or null. */
 static void some_panels(const linear *l, const float *x, float *y, int64_t row, int64_t count,
-                        int64_t first, int64_t end, int what, ahead *pages) {
+                        share mine, const float *after, int what, ahead *pages) {
     const int64_t stride = what == GATE ? l->width / 2 : l->width;
     const int together = count > FEW ? 2 : 1, most = ROWS / together;
     const int64_t tiles = (count + most - 1) / most;
-    for (int64_t p = first; p < end; p += together) {
-        int panels = p + 1 < end ? together : 1;
+    for (int64_t p = mine.first; p < mine.end; p += together) {
+        int panels = p + 1 < mine.end ? together : 1;
         const float *panel = l->weight + p * PANEL * l->depth;
-        const float *after = p + panels < end ? panel + panels * PANEL * l->depth : 0;
+        const float *next = p + panels < mine.end ? panel + panels * PANEL * l->depth : after;
         for (int64_t i = 0; i < tiles; i++) {
             int64_t from = row + count * i / tiles, to = row + count * (i + 1) / tiles;
             target at = {l->bias, y + from * stride, stride, l->width, p * PANEL, what};
-            fetched next = next_of(after, panels * PANEL * l->depth, i, tiles, pages);
-            some_rows(to - from, panels, x + from * l->depth, l->depth, panel, next, at);
+            fetched wanted = next_of(next, panels * PANEL * l->depth, i, tiles, pages);
+            some_rows(to - from, panels, x + from * l->depth, l->depth, panel, wanted, at);
         }
     }
 }
 
 void linear_part(const linear *l, const float *x, float *y, int64_t tokens, int what,
-                 int64_t thread, int64_t threads, ahead *pages) {
-    const int64_t pairs = (l->width + 2 * PANEL - 1) / (2 * PANEL);
+                 int64_t threads, int64_t *claimed, ahead *pages) {
     const int64_t panels = (l->width + PANEL - 1) / PANEL;
     /* Where there are more threads than panels, they share the rows, too. */
-    int64_t parts = threads > pairs ? (threads + pairs - 1) / pairs : 1;
+    const int64_t parts = (threads + panels - 1) / panels;
     int64_t groups = (tokens + GROUP - 1) / GROUP;
-    groups = groups < parts ? parts : groups;
-    int64_t work = pairs * groups;
-    int64_t from = work * thread / threads, to = work * (thread + 1) / threads;
-    while (from < to) {
-        int64_t group = from % groups, pair = from / groups;
-        /* With one group, all of this thread's panels at once. */
-        int64_t many = groups == 1 ? to - from : 1;
-        int64_t row = tokens * group / groups, end = tokens * (group + 1) / groups;
-        int64_t last = 2 * (pair + many) < panels ? 2 * (pair + many) : panels;
-        if (row < end) some_panels(l, x, y, row, end - row, 2 * pair, last, what, pages);
-        from += many;
+    groups = groups < parts && parts <= tokens ? parts : groups;
+    share mine = claim(claimed, panels, groups, threads);
+    while (mine.end) {
+        share next = claim(claimed, panels, groups, threads);
+        const float *after = next.end ? l->weight + next.first * PANEL * l->depth : 0;
+        int64_t row = tokens * mine.group / groups, end = tokens * (mine.group + 1) / groups;
+        some_panels(l, x, y, row, end - row, mine, after, what, pages);
+        mine = next;
     }
 }
 
@@ -172,7 +193,7 @@ void linear_part(const linear *l, const float *x, float *y, int64_t tokens, int 
 void multiply(const float *x, const float *weight, const float *bias, float *y, int64_t tokens,
               int64_t depth, int64_t width, int64_t threads) {
     linear l = {weight, bias, depth, width};
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t thread = 0; thread < threads; thread++)
-        linear_part(&l, x, y, tokens, STORE, thread, threads, 0);
+    int64_t claimed = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    linear_part(&l, x, y, tokens, STORE, threads, &claimed, 0);
 }
