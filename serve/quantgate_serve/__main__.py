@@ -31,6 +31,7 @@ from quantgate_serve.config import (
 )
 from quantgate_serve.imports import without
 from quantgate_serve.keys import Keyring, KeysError, read_keys
+from quantgate_serve.model_folder import UnsupportedModelError, check_folder
 from quantgate_serve.request import Request
 
 _MAX_FILES = 65_536
@@ -43,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = _settings(arguments)
         keyring = Keyring(read_keys(settings.api_keys)) if settings.api_keys else None
-    except (ConfigError, KeysError, ValidationError) as error:
+        check_folder(settings.model)
+    except (ConfigError, KeysError, UnsupportedModelError, ValidationError) as error:
         return _refuse(error)
     # A thread that waits for its sibling gives up its core after some 0.1 ms. libgomp's default
     # spins on: beside one busy process on two cores a 5 M Llama then made 120 tok/s with two

@@ -13,6 +13,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from quantgate_serve.model_folder import UnsupportedModelError
+
 PROBE_NAME = "quantgate_probe"
 _ADVICE = "Serve a full-attention decoder (Llama, Qwen, Mistral, Phi, OLMo, GPT-NeoX, …)."
 
@@ -37,10 +39,6 @@ _ALIBI = ("bloom", "mpt")
 
 # Far above what a low-precision product differs between two batches, far below another token's.
 _SAME_LOGITS = 0.1
-
-
-class UnsupportedModelError(Exception):
-    """The folder cannot be served; the message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)

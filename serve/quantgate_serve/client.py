@@ -285,13 +285,13 @@ class EngineClient:
             return
         if self._is_stopping or self._held is not None:
             return
-        _log.error("%s; %d requests were told so", reason, len(unfinished))
         if child.refusal is not None:
             self.failure = ModelRefusedError(child.refusal)
             return
         if not self._ledger.is_open:
             self.failure = EngineStoppedError(f"{reason} while it loaded the model; see its log.")
             return
+        _log.error("%s; %d requests were told so", reason, len(unfinished))
         pause_s = self._restarts.die(monotonic())
         if pause_s is None:
             self.failure = EngineStoppedError(

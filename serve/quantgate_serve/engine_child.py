@@ -153,6 +153,7 @@ class EngineChild(asyncio.Protocol):
         self._host: Host | None = None
         self._transport: asyncio.WriteTransport | None = None
         self._reaping: asyncio.Task[None] | None = None
+        self._is_stopping = False
 
     async def start(self) -> None:
         """Start it; what it says arrives through `on_message`.
@@ -213,6 +214,7 @@ class EngineChild(asyncio.Protocol):
 
     async def stop(self) -> None:
         """Have it end after its current step, or kill it if that takes long."""
+        self._is_stopping = True
         self.send(Stop())
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.has_gone.wait(), _STOP_S)
@@ -250,18 +252,22 @@ class EngineChild(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.state = ChildState.GONE
-        self.kill()
+        # Who was told to end, or has said why it cannot serve, has nothing to add.
+        if self._is_stopping or self.refusal is not None:
+            self.kill()
         self._reaping = asyncio.get_running_loop().create_task(self._reap())
 
     async def _reap(self) -> None:
         if self._host is None:
             return
         ended = asyncio.ensure_future(asyncio.to_thread(self._host.wait))
-        # Mostly gone in a moment, and then its exit code is known. A process that has much memory
+        # Mostly gone in a moment, and its own exit code says why. A process that has much memory
         # to give back takes longer, and nobody shall wait for that to be told.
         await asyncio.wait({ended}, timeout=_EXIT_CODE_S)
         self._on_gone(self)
         for event in (self.has_loaded, self.has_warmed, self.has_no_work, self.has_counted):
             event.set()
+        await asyncio.wait({ended}, timeout=_STOP_S)
+        self.kill()
         await ended
         self.has_gone.set()

@@ -15,16 +15,12 @@ import transformers
 from torch import nn
 
 from quantgate_serve import llm_int8
-from quantgate_serve.architecture import (
-    UnsupportedModelError,
-    check_config,
-    context_length_of,
-    probe,
-)
+from quantgate_serve.architecture import check_config, context_length_of, probe
 from quantgate_serve.gptq import GptqFormatError, load_gptq
 from quantgate_serve.kv.storage import KVShape
+from quantgate_serve.model_folder import UnsupportedModelError, check_folder
 
-__all__ = ["LoadedModel", "UnsupportedModelError", "check_folder", "choose_device", "load"]
+__all__ = ["LoadedModel", "UnsupportedModelError", "choose_device", "load"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,27 +102,18 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse what can be refused without reading weights."""
-    if not (folder / "config.json").is_file():
-        raise UnsupportedModelError(
-            f"{folder} has no config.json: it is not a model folder. "
-            "Pass a folder written by save_pretrained."
-        )
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pt")])
-        if pickles:
-            raise UnsupportedModelError(
-                f"{folder} holds only pickle weights ({pickles[0]}), which can run code when "
-                "loaded. Convert it with save_pretrained(..., safe_serialization=True)."
-            )
-        raise UnsupportedModelError(
-            f"{folder} has no *.safetensors file. Pass a folder that holds the weights."
-        )
-
-
 def _read_config(folder: Path) -> Any:
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"{folder}/config.json is not JSON ({error}). Copy the whole model there again."
+        ) from error
+    if not isinstance(raw, dict):
+        raise UnsupportedModelError(
+            f"{folder}/config.json holds a {type(raw).__name__}, expected an object. "
+            "Copy the whole model there again."
+        )
     if "auto_map" in raw and raw.get("model_type") not in transformers.CONFIG_MAPPING:
         raise UnsupportedModelError(
             f"{folder} needs trust_remote_code ({raw['auto_map']}), and this server runs "

@@ -8,13 +8,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from quantgate_serve.architecture import (
-    UnsupportedModelError,
-    _not_reachable,
-    check_config,
-    context_length_of,
-    probe,
-)
+from quantgate_serve.architecture import _not_reachable, check_config, context_length_of, probe
+from quantgate_serve.model_folder import UnsupportedModelError
 
 ConfigOf = Callable[..., Any]
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}

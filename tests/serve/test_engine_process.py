@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import transformers
 import yaml
 
 from quantgate_serve.config import sha256_of
@@ -270,6 +271,40 @@ def test_a_server_whose_engine_dies_too_often_exits_with_1(
         engine_of(child).kill()
         assert child.wait(timeout=60) == 1
     assert "Giving up" in (tmp_path / "log").read_text()
+
+
+def start(folder: Path) -> subprocess.CompletedProcess[str]:
+    """A start that fails."""
+    command = (sys.executable, "-m", "quantgate_serve", "--model", str(folder))
+    return subprocess.run(
+        [*command, "--port", "0", "--device", "cpu"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_a_model_that_the_engine_refuses_is_one_message_and_code_2(
+    save_model: Callable[..., Path], config_of: Callable[..., Any]
+) -> None:
+    done = start(save_model(config_of(transformers.MistralConfig, sliding_window=64)))
+    assert done.returncode == 2
+    (line,) = [text for text in done.stderr.splitlines() if " INFO " not in text]
+    assert line.startswith("error: ")
+    assert "uses sliding-window attention (window 64)" in line
+
+
+def test_an_engine_that_fails_while_it_loads_is_not_said_to_be_killed(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(llama_folder, tmp_path / "model"))
+    (folder / "model.safetensors").write_bytes(b"")
+    done = start(folder)
+    assert done.returncode == 1
+    (line,) = [text for text in done.stderr.splitlines() if " ERROR " in text]
+    assert line.endswith("while it loaded the model; see its log.")
+    assert "SIGKILL" not in line
 
 
 def test_the_engine_ends_with_a_server_that_is_killed(llama_folder: Path, tmp_path: Path) -> None:
