@@ -4,13 +4,10 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from quantgate_serve.http import exchange, responses, sse
+from quantgate_serve.http.bodies import ChatBody
 from quantgate_serve.http.errors import invalid
 from quantgate_serve.http.prompts import Prompts
-from quantgate_serve.http.protocol import (
-    MAX_LOGPROB_VALUES,
-    ChatBody,
-    plain_messages,
-)
+from quantgate_serve.http.protocol import MAX_LOGPROB_VALUES, plain_messages
 from quantgate_serve.http.service import Service
 from quantgate_serve.vocabulary import ChatTemplateError
 

@@ -4,8 +4,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from quantgate_serve.http import exchange, responses, sse
+from quantgate_serve.http.bodies import CompletionBody
 from quantgate_serve.http.prompts import parse_prompts
-from quantgate_serve.http.protocol import CompletionBody
 from quantgate_serve.http.service import Service
 
 

@@ -7,9 +7,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from quantgate_serve.http import exchange, responses
+from quantgate_serve.http.bodies import EmbeddingBody
 from quantgate_serve.http.errors import invalid
 from quantgate_serve.http.prompts import parse_prompts
-from quantgate_serve.http.protocol import EmbeddingBody
 from quantgate_serve.http.service import Service
 
 

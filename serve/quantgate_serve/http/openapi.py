@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from quantgate_serve.http import answers
-from quantgate_serve.http.protocol import ChatBody, CompletionBody, EmbeddingBody
+from quantgate_serve.http.bodies import ChatBody, CompletionBody, EmbeddingBody
 
 Json = dict[str, Any]
 _REF = "#/components/schemas/{model}"

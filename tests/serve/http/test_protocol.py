@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 
+from quantgate_serve.http.bodies import ChatBody, CompletionBody
 from quantgate_serve.http.errors import ApiError
 from quantgate_serve.http.protocol import (
     MAX_LOGPROB_VALUES,
-    ChatBody,
-    CompletionBody,
     check_logprobs,
     parse_body,
     plain_messages,

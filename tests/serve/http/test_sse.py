@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from quantgate_serve.http.protocol import ChatBody, CompletionBody
+from quantgate_serve.http.bodies import ChatBody, CompletionBody
 from quantgate_serve.http.sse import ChatForm, CompletionForm, Events, Form
 from quantgate_serve.request import Delta, FinishReason, Request, RequestError, SamplingParams
 from quantgate_serve.vocabulary import Vocabulary
