@@ -1,4 +1,5 @@
-"""A real release in miniature, measured once per session: the demo model, few items."""
+"""A small policy; and a real release in miniature, measured once per session: the demo model, few
+items."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from quantgate.plan import ReleaseRequest
-from quantgate.policy import load_policy
+from quantgate.policy import Policy, load_policy
 from quantgate.progress import Silent
 from quantgate.quality.golden import load_golden_set
 from quantgate.quality.lock import write_lock
 from quantgate.quality.rendering import Renderer
 from quantgate.record import record_release
 from quantgate.release import ReleaseResult, judge_stored, measure_release
+from quantgate.spec import SpecError
 from quantgate.variants.source import demo_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +54,59 @@ gates:
   - {id: oom, metric: stability/oom.count, test: limit, max: 0 count}
   - {id: errors, metric: stability/error.rate, test: rate, max: 20 %}
 """
+
+
+SMALL_POLICY = """\
+policy: small
+model: demo
+variants:
+  bf16: {scheme: bf16}
+  int4: {scheme: int4-gptq, group_size: 128}
+calibration: {path: text}
+golden_sets: [golden_sets/orders]
+distribution: {golden_set: prose}
+workload:
+  seed: 7
+  burst_requests: 32
+  rate: 20 req/s
+  requests: 40
+  prompt_tokens: [32, 256]
+  output_tokens: [16, 64]
+gates:
+  - {id: orders, metric: quality/orders.exact_match, test: non_inferiority, margin: 2 pt}
+  - {id: kl, metric: quality/kl_nats.mean, test: mean, max: 0.06 nats, schemes: [int4-gptq]}
+  - {id: speed, metric: perf/output_tok_per_s.ratio, test: ratio, min: 0.95 x,
+     variants: [int4], confidence: 0.99}
+  - {id: oom, metric: stability/oom.count, test: limit, max: 0 count}
+"""
+
+
+@dataclass(frozen=True)
+class SmallPolicy:
+    """A policy file of one gate of each kind, which loads, and what becomes of it when changed."""
+
+    path: Path
+    text: str = SMALL_POLICY
+
+    def load(self, text: str = SMALL_POLICY) -> Policy:
+        self.path.write_text(text, encoding="utf-8")
+        return load_policy(self.path)
+
+    def refusal(self, text: str) -> str:
+        """Every line of the refusal, with file names instead of paths."""
+        with pytest.raises(SpecError) as caught:
+            self.load(text)
+        return str(caught.value).replace(f"{self.path.parent}/", "")
+
+    def replaced(self, old: str, new: str) -> str:
+        if old not in self.text:
+            raise ValueError(f"{old!r} is not in the small policy")
+        return self.text.replace(old, new, 1)
+
+
+@pytest.fixture
+def small_policy(tmp_path: Path) -> SmallPolicy:
+    return SmallPolicy(tmp_path / "small.yaml")
 
 
 def write_mini_set(name: str, folder: Path, *, model: Path, num_items: int) -> Path:
