@@ -42,9 +42,9 @@ async def chat_completions(service: Service, http: HttpRequest) -> Response:
         return responses.answer(
             choices,
             requests,
-            prefix="chatcmpl",
-            kind="chat.completion",
-            model_name=service.model_name,
+            envelope=responses.Envelope.new(
+                prefix="chatcmpl", kind="chat.completion", model_name=service.model_name
+            ),
             num_choices=body.n,
         )
 

@@ -36,9 +36,9 @@ async def completions(service: Service, http: HttpRequest) -> Response:
         return responses.answer(
             choices,
             requests,
-            prefix="cmpl",
-            kind="text_completion",
-            model_name=service.model_name,
+            envelope=responses.Envelope.new(
+                prefix="cmpl", kind="text_completion", model_name=service.model_name
+            ),
             num_choices=body.n,
         )
 

@@ -4,7 +4,8 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 from starlette.responses import JSONResponse
 
@@ -21,9 +22,30 @@ class _AnswerResponse(JSONResponse):
         return _encode(content).encode()
 
 
-def new_id(prefix: str) -> str:
-    """Unique, and no secret: os.urandom would give up the GIL for each request."""
-    return f"{prefix}-{random.getrandbits(96):024x}"
+@dataclass(slots=True)
+class Envelope:
+    """What stands around the choices of a whole answer, and of each event of a stream."""
+
+    id: str
+    kind: str
+    created_s: int
+    model_name: str
+
+    @classmethod
+    def new(cls, *, prefix: str, kind: str, model_name: str) -> Self:
+        """One for an answer that begins now, its id behind `prefix`."""
+        # Unique, and no secret: os.urandom would give up the GIL for each request.
+        id = f"{prefix}-{random.getrandbits(96):024x}"
+        return cls(id, kind, now_s(), model_name)
+
+    def around(self, choices: list[Json]) -> Json:
+        return {
+            "id": self.id,
+            "object": self.kind,
+            "created": self.created_s,
+            "model": self.model_name,
+            "choices": choices,
+        }
 
 
 def now_s() -> int:
@@ -75,24 +97,14 @@ def answer(
     choices: list[Json],
     requests: Sequence[Request],
     *,
-    prefix: str,
-    kind: str,
-    model_name: str,
+    envelope: Envelope,
     num_choices: int,
 ) -> JSONResponse:
     """The whole answer around `choices`; each prompt has `num_choices` of them."""
-    return _AnswerResponse(
-        {
-            "id": new_id(prefix),
-            "object": kind,
-            "created": now_s(),
-            "model": model_name,
-            "choices": choices,
-            "usage": usage(requests, num_choices=num_choices),
-            "timings": timings(requests),
-        },
-        headers=origin_headers(requests),
-    )
+    content = envelope.around(choices)
+    content["usage"] = usage(requests, num_choices=num_choices)
+    content["timings"] = timings(requests)
+    return _AnswerResponse(content, headers=origin_headers(requests))
 
 
 def origin_headers(requests: Sequence[Request]) -> dict[str, str]:

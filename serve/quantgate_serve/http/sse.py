@@ -24,14 +24,13 @@ _PLACE = "\0"
 class Form(Protocol):
     """How one route words its chunks."""
 
+    envelope: responses.Envelope
+
     def first(self, index: int, request: Request) -> responses.Json | None:
         """A chunk before any token, if this form has one."""
 
     def chunk(self, index: int, delta: Delta, start: int) -> responses.Json:
         """The chunk for output tokens from `start` on."""
-
-    def envelope(self, choices: list[responses.Json]) -> responses.Json:
-        """The event around `choices`."""
 
 
 class CompletionForm:
@@ -40,9 +39,9 @@ class CompletionForm:
     def __init__(self, vocabulary: Vocabulary, body: CompletionBody, model_name: str) -> None:
         self._vocabulary = vocabulary
         self._body = body
-        self._model_name = model_name
-        self._id = responses.new_id("cmpl")
-        self._created_s = responses.now_s()
+        self.envelope = responses.Envelope.new(
+            prefix="cmpl", kind="text_completion", model_name=model_name
+        )
 
     def first(self, index: int, request: Request) -> responses.Json | None:
         if not self._body.echo:
@@ -70,15 +69,6 @@ class CompletionForm:
             choice["token_ids"] = request.output_ids[start : delta.num_output]
         return choice
 
-    def envelope(self, choices: list[responses.Json]) -> responses.Json:
-        return {
-            "id": self._id,
-            "object": "text_completion",
-            "created": self._created_s,
-            "model": self._model_name,
-            "choices": choices,
-        }
-
 
 class ChatForm:
     """Chunks of /v1/chat/completions."""
@@ -86,9 +76,9 @@ class ChatForm:
     def __init__(self, vocabulary: Vocabulary, body: ChatBody, model_name: str) -> None:
         self._vocabulary = vocabulary
         self._body = body
-        self._model_name = model_name
-        self._id = responses.new_id("chatcmpl")
-        self._created_s = responses.now_s()
+        self.envelope = responses.Envelope.new(
+            prefix="chatcmpl", kind="chat.completion.chunk", model_name=model_name
+        )
 
     def first(self, index: int, request: Request) -> responses.Json | None:
         return {
@@ -112,15 +102,6 @@ class ChatForm:
         if self._body.return_token_ids:
             choice["token_ids"] = request.output_ids[start : delta.num_output]
         return choice
-
-    def envelope(self, choices: list[responses.Json]) -> responses.Json:
-        return {
-            "id": self._id,
-            "object": "chat.completion.chunk",
-            "created": self._created_s,
-            "model": self._model_name,
-            "choices": choices,
-        }
 
 
 class EventStream(Response):
@@ -204,7 +185,7 @@ class Events:
     def first(self) -> bytes:
         """What stands before any token."""
         chunks = [self._form.first(index, request) for index, request in enumerate(self._requests)]
-        return b"".join(_event(self._form.envelope([chunk])) for chunk in chunks if chunk)
+        return b"".join(_event(self._form.envelope.around([chunk])) for chunk in chunks if chunk)
 
     def of(self, deltas: Sequence[Delta]) -> bytes:
         """What `deltas` are to the client; with the last of all the end, and `is_over`."""
@@ -223,7 +204,7 @@ class Events:
         if not self._missing and not self.is_over:
             self.is_over = True
             if self._usage_choices is not None:
-                event = self._form.envelope([])
+                event = self._form.envelope.around([])
                 event["usage"] = responses.usage(self._requests, num_choices=self._usage_choices)
                 yield _event(event)
         if self.is_over:
@@ -239,7 +220,7 @@ class Events:
         choice = self._form.chunk(index, delta, start)
         if not (delta.text or delta.is_last or choice["logprobs"] or choice.get("token_ids")):
             return b""
-        event = self._form.envelope([choice])
+        event = self._form.envelope.around([choice])
         if delta.is_last:
             event["timings"] = responses.timings([delta.request])
         return _event(event)
@@ -262,7 +243,9 @@ def _frame(form: Form, index: int, request: Request) -> _Frame | None:
     if choice["logprobs"] is not None or "token_ids" in choice:
         return None
     # The model's name stands before the text, and after it nothing that a client or user wrote.
-    before, _, after = _event(form.envelope([choice])).rpartition(json.dumps(_PLACE).encode())
+    before, _, after = _event(form.envelope.around([choice])).rpartition(
+        json.dumps(_PLACE).encode()
+    )
     return _Frame(before, after)
 
 

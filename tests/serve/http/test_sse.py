@@ -45,7 +45,7 @@ def test_an_event_of_text_alone_is_the_one_that_the_form_makes(
     events = Events([request], form, usage_choices=None)
     for text in TEXTS:
         delta = grow(request, text)
-        whole = form.envelope([form.chunk(0, delta, request.num_output - 1)])
+        whole = form.envelope.around([form.chunk(0, delta, request.num_output - 1)])
         assert events_of(events.of([delta])) == [whole]
 
 
