@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
-from pydantic import ValidationError
 
 from quantgate_serve.caches import BoundedCache
 from quantgate_serve.config import (
@@ -27,6 +26,7 @@ from quantgate_serve.config import (
     ServerSettings,
     champion_folder,
     read_serving_config,
+    settings_of,
     verify_files,
 )
 from quantgate_serve.imports import without
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = _settings(arguments)
         keyring = Keyring(read_keys(settings.api_keys)) if settings.api_keys else None
         check_folder(settings.model)
-    except (ConfigError, KeysError, UnsupportedModelError, ValidationError) as error:
+    except (ConfigError, KeysError, UnsupportedModelError) as error:
         return _refuse(error)
     # A thread that waits for its sibling gives up its core after some 0.1 ms. libgomp's default
     # spins on: beside one busy process on two cores a 5 M Llama then made 120 tok/s with two
@@ -329,7 +329,7 @@ def _settings(arguments: argparse.Namespace) -> ServerSettings:
             values["slo"] = config.champion.slo
         values["model"] = folder
         values.setdefault("served_model_name", config.model_name)
-    return ServerSettings.model_validate(values)
+    return settings_of(values)
 
 
 def _refuse(reason: object) -> int:

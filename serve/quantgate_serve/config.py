@@ -6,14 +6,14 @@ Imports neither torch nor transformers, so that the harness can read and write s
 import hashlib
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 
 class ConfigError(Exception):
-    """serving.yaml is wrong or does not match the files it names; the message says how."""
+    """An option or serving.yaml is wrong, or a file that it names; the message says how."""
 
 
 class ServerSettings(BaseModel):
@@ -129,6 +129,22 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def settings_of(options: dict[str, Any]) -> ServerSettings:
+    """The settings that `options` ask for, by the names of the fields.
+
+    Raises:
+        ConfigError: one is refused.
+    """
+    try:
+        return ServerSettings.model_validate(options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if not first["loc"]:  # said by a validator of this file, about several of them
+            raise ConfigError(str(first["ctx"]["error"])) from error
+        option = f"--{str(first['loc'][0]).replace('_', '-')}"
+        raise ConfigError(f"{option} {first['input']}: {first['msg']}.") from error
 
 
 def read_serving_config(path: Path) -> ServingConfig:

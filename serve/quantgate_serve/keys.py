@@ -128,9 +128,7 @@ def read_keys(path: Path) -> KeysFile:
     try:
         return KeysFile.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise KeysError(f"{path}: {where}: {first['msg']}") from error
+        raise KeysError(f"{path}: {_first_of(error)}") from error
 
 
 def add_key(
@@ -227,7 +225,8 @@ def main(argv: list[str] | None = None) -> int:
                         f"{'  operator' if tenant.operator else ''}\n"
                     )
     except (KeysError, ValidationError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        reason = _first_of(error) if isinstance(error, ValidationError) else error
+        sys.stderr.write(f"error: {reason}\n")
         return 2
     return 0
 
@@ -257,6 +256,13 @@ def _classes(text: str) -> tuple[PriorityName, ...]:
     if unknown:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(ALL_CLASSES)}")
     return tuple(name for name in ALL_CLASSES if name in wanted)
+
+
+def _first_of(error: ValidationError) -> str:
+    """Where the first thing is that the schema refuses, and why."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    return f"{where}: {first['msg']}"
 
 
 def _digest(key: str) -> str:

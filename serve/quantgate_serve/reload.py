@@ -11,8 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from quantgate_serve.channel import Loaded
 from quantgate_serve.client import EngineClient, EngineStoppedError, ModelRefusedError
 from quantgate_serve.config import ConfigError, ServerSettings
@@ -75,13 +73,7 @@ class Reload:
             self._seen = version_of(self._watched)
             try:
                 reloaded = await self._replace()
-            except (
-                ConfigError,
-                ValidationError,
-                ModelRefusedError,
-                EngineStoppedError,
-                OSError,
-            ) as error:
+            except (ConfigError, ModelRefusedError, EngineStoppedError, OSError) as error:
                 model = self._engine.settings.model
                 _log.error("the reload was refused, %s goes on serving: %s", model, error)
                 raise ReloadRefusedError(str(error)) from error

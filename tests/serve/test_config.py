@@ -13,6 +13,7 @@ from quantgate_serve.config import (
     ServedVariant,
     champion_folder,
     read_serving_config,
+    settings_of,
     sha256_of,
     verify_files,
 )
@@ -114,3 +115,19 @@ def test_the_config_is_read_without_torch() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"port": 70000}, "^--port 70000: Input should be less than or equal to 65535.$"),
+        ({"max_batch_size": 0}, "^--max-batch-size 0: Input should be greater than or equal to 1"),
+        ({"host": "0.0.0.0"}, "^host 0.0.0.0 can be reached from other machines"),
+    ],
+)
+def test_a_refused_option_is_one_line_with_its_name_and_value(
+    option: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        settings_of({"model": Path("model")} | option)
+    assert "\n" not in str(caught.value)

@@ -105,6 +105,24 @@ def test_a_file_that_says_something_else_is_refused(
     assert "error:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["new", "a b"], "error: name: String should match pattern"),
+        (["new", "a", "--weight", "0"], "error: weight: Input should be greater than 0"),
+        (["revoke", "00000000"], "error: there is no key '00000000'; the file has: none."),
+    ],
+)
+def test_the_tool_refuses_a_value_in_one_line(
+    tmp_path: Path, options: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text("tenants: []")
+    assert main([*options, "--file", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(reason)
+
+
 def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(KeysError, match=r"quantgate_serve\.keys new"):
         read_keys(tmp_path / "keys.yaml")

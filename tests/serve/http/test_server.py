@@ -406,8 +406,8 @@ def test_a_champion_with_other_bytes_is_refused(
     ("options", "message"),
     [
         (["--model", "/nonexistent"], "has no config.json"),
-        (["--model", ".", "--port", "70000"], "port"),
-        (["--model", ".", "--max-batch-size", "0"], "max_batch_size"),
+        (["--model", ".", "--port", "70000"], "--port 70000: "),
+        (["--model", ".", "--max-batch-size", "0"], "--max-batch-size 0: "),
         (["--config", "/nonexistent/serving.yaml"], "cannot be read"),
     ],
 )
