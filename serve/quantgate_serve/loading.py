@@ -96,7 +96,16 @@ def load(
 def choose_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"--device {device} is no device. Use auto, cpu or cuda:N."
+        ) from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise UnsupportedModelError(
+            f"--device {device}: {chosen.type} is not served. Use auto, cpu or cuda:N."
+        )
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UnsupportedModelError(f"--device {device}: no CUDA device is visible. Use cpu.")
     return chosen

@@ -12,7 +12,7 @@ import transformers
 
 from quantgate_serve import offline
 from quantgate_serve.engine import Engine
-from quantgate_serve.loading import UnsupportedModelError
+from quantgate_serve.loading import UnsupportedModelError, choose_device
 from quantgate_serve.request import Request
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -91,6 +91,12 @@ def test_a_folder_without_a_tokenizer_is_refused(copy_of: Callable[..., Path]) -
         path.unlink()
     with pytest.raises(UnsupportedModelError, match="has no tokenizer"):
         offline.load_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:x", "meta"])
+def test_a_device_that_is_not_served_is_refused(device: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"^--device {device}.*Use auto, cpu or cuda:N"):
+        choose_device(device)
 
 
 def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path) -> None:
