@@ -4,7 +4,8 @@ import gc
 import random
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +293,30 @@ def test_memory_that_runs_out_ends_only_who_cannot_fit_alone_also_across_preempt
     assert engine.metrics.finished == {"length": 9, "error": 1}
 
 
+@contextmanager
+def scarce_memory(*, num_bytes: int, refused: int) -> Iterator[None]:
+    """This process gets `num_bytes` more, and `refused` bytes in one piece from nowhere.
+
+    The limit alone does not make sure of that: what others freed in small pieces stays in the heap,
+    joined to larger ones, and whoever gets one of those maps nothing.
+    """
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + num_bytes
+    held: list[torch.Tensor] = []
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        with suppress(RuntimeError):
+            while True:
+                held.append(torch.empty(refused, dtype=torch.uint8))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("freed_blocks", [0, 2000])
 def test_memory_that_really_runs_out_ends_only_the_oversized_request(
+    freed_blocks: int,
     save_model: Callable[..., Path],
     config_of: Callable[..., Any],
     make_engine: MakeEngine,
@@ -308,15 +332,13 @@ def test_memory_that_really_runs_out_ends_only_the_oversized_request(
     engine.warm_up()
     engine.submit([*small[:2], oversized, *small[2:]])
     gc.collect()  # else models that other tests left behind may be freed below the limit
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + 48 * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
-    try:
+    # Below malloc's threshold for mapping; the last one keeps the heap from shrinking.
+    *blocks, last = [bytes(100_000) for _ in range(freed_blocks + 1)]
+    del blocks
+    with scarce_memory(num_bytes=48 * 2**20, refused=200 * 120_000 * 4):
         while engine.has_work:
             engine.step()
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+    del last
     assert oversized.error is not None
     assert oversized.error.code == "out_of_memory"
     assert [request.output_ids for request in small] == expected
