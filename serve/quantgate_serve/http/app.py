@@ -151,12 +151,12 @@ def _error_forms() -> dict[int | type[Exception], ErrorForm]:
     async def api_error(_: HttpRequest, error: Exception) -> Response:
         return error.response() if isinstance(error, ApiError) else unexpected(error).response()
 
-    async def http_error(_: HttpRequest, error: Exception) -> Response:
+    async def http_error(http: HttpRequest, error: Exception) -> Response:
         if not isinstance(error, HTTPException):
             return unexpected(error).response()
         headers = dict(error.headers or {})
-        found = ApiError(error.status_code, str(error.detail), code="http_error", headers=headers)
-        return found.response()
+        text = _routing_text(http, error)
+        return ApiError(error.status_code, text, code="http_error", headers=headers).response()
 
     async def client_gone(_: HttpRequest, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it; nginx's number for the access log
@@ -170,3 +170,14 @@ def _error_forms() -> dict[int | type[Exception], ErrorForm]:
         exchange.ClientGoneError: client_gone,
         Exception: other,
     }
+
+
+def _routing_text(http: HttpRequest, error: HTTPException) -> str:
+    """What the router's refusal means for this request; its own words name nothing."""
+    path = http.scope["path"]
+    if error.status_code == 404:
+        return f"there is no path {path} here; /openapi.json lists all."
+    if error.status_code == 405:
+        allowed = sorted((error.headers or {})["Allow"].split(", "))
+        return f"{path} does not take {http.method}, only {' and '.join(allowed)}."
+    return str(error.detail)

@@ -67,7 +67,7 @@ def parse_prompts(prompt: Any, *, vocab_size: int, param: str = "prompt") -> Pro
 def check_token_ids(ids: list[int], *, param: str, vocab_size: int) -> None:
     """Refuse ids outside the vocabulary with a 400."""
     if not ids:
-        raise invalid(param, "no token ids were given.")
+        raise invalid(param, "there must be at least one token.")
     if min(ids) < 0 or max(ids) >= vocab_size:
         wrong = min(ids) if min(ids) < 0 else max(ids)
         raise invalid(param, f"token id {wrong} is not in the vocabulary (0 to {vocab_size - 1}).")

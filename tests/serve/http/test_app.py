@@ -25,7 +25,11 @@ def test_another_method_than_a_path_takes_is_a_405_that_names_those_it_takes(
     answer = httpx.request(method, f"{shared_url}{path}")
     assert answer.status_code == 405
     assert set(answer.headers["allow"].split(", ")) == allowed
-    assert answer.json()["error"]["code"] == "http_error"
+    error = answer.json()["error"]
+    assert error["code"] == "http_error"
+    assert (
+        error["message"] == f"{path} does not take {method}, only {' and '.join(sorted(allowed))}."
+    )
 
 
 def test_an_unknown_path_is_a_404_whatever_the_method(shared_url: str) -> None:

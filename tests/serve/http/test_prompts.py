@@ -56,6 +56,11 @@ def test_any_other_prompt_is_a_400(prompt: Any) -> None:
     assert (caught.value.status, caught.value.param) == (400, "prompt")
 
 
+def test_an_empty_prompt_is_told_what_it_lacks() -> None:
+    with pytest.raises(ApiError, match=r"^prompt: there must be at least one token\.$"):
+        parse_prompts([[1], []], vocab_size=10)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(lengths=st.lists(st.sampled_from([0, 1, 9_000, PIECE - 1, PIECE, PIECE + 1]), max_size=9))
 def test_every_text_is_encoded_whole_and_in_its_place(lengths: list[int]) -> None:

@@ -282,7 +282,8 @@ def test_a_refusal_has_openais_form(url: str, body: dict[str, Any], status: int,
 
 
 def test_other_routes_and_methods_are_refused_in_the_same_form(url: str) -> None:
-    assert httpx.get(f"{url}/v1/nothing").json()["error"]["message"] == "Not Found"
+    error = httpx.get(f"{url}/v1/nothing").json()["error"]
+    assert error["message"] == "there is no path /v1/nothing here; /openapi.json lists all."
     assert httpx.get(f"{url}/v1/completions").status_code == 405
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         with pytest.raises(openai.NotFoundError):
