@@ -19,7 +19,7 @@ from quantgate.gate import Gate
 from quantgate.measure import Measurement, Missing
 from quantgate.plan import Plan
 from quantgate.policy import SOURCE, required_gates
-from quantgate.quality.distribution import Candidate, compare_with_reference
+from quantgate.quality.distribution import Candidate, Comparison, compare_with_reference
 from quantgate.quality.distribution_results import METRICS, reduce_distribution
 from quantgate.quality.distribution_store import group_size_of
 from quantgate.quality.golden import GoldenSet
@@ -98,6 +98,15 @@ def distribution_layer(
         log: the folder of the processes' logs.
     """
     documents, max_tokens = scored_documents(plan, reference)
+    comparison = Comparison(
+        reference=reference,
+        documents=documents,
+        device=plan.device,
+        dtype=plan.dtype,
+        threads=plan.server.threads,
+        max_tokens=max_tokens,
+        max_context=plan.server.max_context,
+    )
     seconds: dict[str, float] = {}
 
     def score(batch: Mapping[str, Candidate], number: int) -> dict[str, str]:
@@ -108,16 +117,10 @@ def distribution_layer(
             on_done(key)
 
         return compare_with_reference(
-            reference,
+            comparison,
             batch,
-            documents,
             out=out,
             log=log / f"distribution-{number}.log",
-            device=plan.device,
-            dtype=plan.dtype,
-            threads=plan.server.threads,
-            max_tokens=max_tokens,
-            max_context=plan.server.max_context,
             on_done=done,
         )
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantgate.files import write_json
 from quantgate.quality.rendering import RenderedPrompt
@@ -27,18 +28,27 @@ class Candidate:
     group_size: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What candidates are compared with, on which text, and how both are computed."""
+
+    reference: Path
+    documents: Sequence[RenderedPrompt]
+    device: str
+    dtype: str
+    threads: int | None
+    max_tokens: int
+    """Per document."""
+    max_context: int | None
+    """As the server is told: what it would refuse is refused here."""
+
+
 def compare_with_reference(
-    reference: Path,
+    comparison: Comparison,
     candidates: Mapping[str, Candidate],
-    documents: Sequence[RenderedPrompt],
     *,
     out: Mapping[str, Path],
     log: Path,
-    device: str,
-    dtype: str,
-    threads: int | None,
-    max_tokens: int,
-    max_context: int | None,
     on_done: Callable[[str], None],
 ) -> dict[str, str]:
     """Scores each candidate in a child process and writes its parquet to `out[name]`.
@@ -57,11 +67,8 @@ def compare_with_reference(
             on_done(name)
 
     while pending:
-        code = _run_teacher(
-            reference, dict(pending), documents, out=out, log=log, device=device, dtype=dtype,
-            threads=threads, max_tokens=max_tokens, max_context=max_context,
-            take_finished=take_finished,
-        )  # fmt: skip
+        request = _request(comparison, pending, out)
+        code = _run_teacher(request, log=log, take_finished=take_finished)
         if pending:
             # Candidates are taken in order, so the first without a result is the one that failed.
             name = next(iter(pending))
@@ -70,54 +77,46 @@ def compare_with_reference(
     return failures
 
 
-def _run_teacher(
-    reference: Path,
-    candidates: Mapping[str, Candidate],
-    documents: Sequence[RenderedPrompt],
-    *,
-    out: Mapping[str, Path],
-    log: Path,
-    device: str,
-    dtype: str,
-    threads: int | None,
-    max_tokens: int,
-    max_context: int | None,
-    take_finished: Callable[[], None],
-) -> int:
+def _request(
+    comparison: Comparison, candidates: Mapping[str, Candidate], out: Mapping[str, Path]
+) -> dict[str, Any]:
+    """What teacher.py reads."""
+    return {
+        "reference": str(comparison.reference),
+        "candidates": [
+            {
+                "name": name,
+                "folder": str(candidate.folder),
+                "scheme": candidate.scheme,
+                "group_size": candidate.group_size,
+                "out": str(out[name]),
+            }
+            for name, candidate in candidates.items()
+        ],
+        "documents": [
+            {
+                "id": d.item.cluster,
+                "tags": sorted(d.item.tags),
+                "ids": list(d.ids[: comparison.max_tokens]),
+            }
+            for d in comparison.documents
+        ],
+        "device": comparison.device,
+        "dtype": comparison.dtype,
+        "threads": comparison.threads,
+        "max_context": comparison.max_context,
+    }
+
+
+def _run_teacher(request: dict[str, Any], *, log: Path, take_finished: Callable[[], None]) -> int:
+    """The exit code of the child process; `take_finished` is called while it runs, and after."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="quantgate-") as temporary:
-        request = Path(temporary) / "request.json"
-        write_json(
-            request,
-            {
-                "reference": str(reference),
-                "candidates": [
-                    {
-                        "name": name,
-                        "folder": str(candidate.folder),
-                        "scheme": candidate.scheme,
-                        "group_size": candidate.group_size,
-                        "out": str(out[name]),
-                    }
-                    for name, candidate in candidates.items()
-                ],
-                "documents": [
-                    {
-                        "id": d.item.cluster,
-                        "tags": sorted(d.item.tags),
-                        "ids": list(d.ids[:max_tokens]),
-                    }
-                    for d in documents
-                ],
-                "device": device,
-                "dtype": dtype,
-                "threads": threads,
-                "max_context": max_context,
-            },
-        )
+        path = Path(temporary) / "request.json"
+        write_json(path, request)
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "quantgate.quality.teacher", str(request)],
+                [sys.executable, "-m", "quantgate.quality.teacher", str(path)],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,

@@ -18,7 +18,7 @@ from quantgate.policy import SOURCE, required_gates
 from quantgate.progress import Progress
 from quantgate.quality import distribution_results, noise_floor, served
 from quantgate.quality.completions import FULL_BATCHES
-from quantgate.quality.distribution import Candidate, compare_with_reference
+from quantgate.quality.distribution import Candidate, Comparison, compare_with_reference
 from quantgate.quality.distribution_store import distribution_paths, group_size_of
 from quantgate.quality.early_stop import stop_rules
 from quantgate.quality.golden import GoldenSet
@@ -248,16 +248,18 @@ class _Work:
         if found := len(self._variants) - len(wanted):
             progress.step(found, note="distribution reused")
         self.distribution_failures = compare_with_reference(
-            self.reference.folder,
+            Comparison(
+                reference=self.reference.folder,
+                documents=self._questions.documents,
+                device=plan.device,
+                dtype=plan.dtype,
+                threads=plan.server.threads,
+                max_tokens=self._questions.max_tokens,
+                max_context=plan.server.max_context,
+            ),
             wanted,
-            self._questions.documents,
             out=paths,
             log=self._release.path / "distribution.log",
-            device=plan.device,
-            dtype=plan.dtype,
-            threads=plan.server.threads,
-            max_tokens=self._questions.max_tokens,
-            max_context=plan.server.max_context,
             on_done=lambda name: progress.step(note=f"{name} distribution"),
         )
         for name, path in paths.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from quantgate.quality.distribution import Candidate, compare_with_reference
+from quantgate.quality.distribution import Candidate, Comparison, compare_with_reference
 from quantgate.quality.golden_items import GoldenItem
 from quantgate.quality.rendering import RenderedPrompt
 
@@ -18,16 +18,18 @@ def test_a_candidate_that_cannot_be_scored_fails_with_the_last_lines_of_the_log(
         id="a", text="x", messages=None, target="", choices=(), tags=(), cluster="a", line=1
     )
     failures = compare_with_reference(
-        tmp_path / "no-model",
+        Comparison(
+            reference=tmp_path / "no-model",
+            documents=[RenderedPrompt(item=item, ids=(1, 2))],
+            device="cpu",
+            dtype="float32",
+            threads=1,
+            max_tokens=8,
+            max_context=None,
+        ),
         {"int8": Candidate(folder=tmp_path / "int8", scheme="int8-bnb", group_size=128)},
-        [RenderedPrompt(item=item, ids=(1, 2))],
         out={"int8": tmp_path / "int8.parquet"},
         log=tmp_path / "log" / "distribution.log",
-        device="cpu",
-        dtype="float32",
-        threads=1,
-        max_tokens=8,
-        max_context=None,
         on_done=lambda _: pytest.fail("nothing was scored"),
     )
     assert "teacher-forced scoring failed (exit 1)" in failures["int8"]

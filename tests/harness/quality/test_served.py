@@ -20,7 +20,7 @@ from quantgate.files import sha256_of_file
 from quantgate.measure import Clustered, ClusteredRatio, Measurement, Missing, Scalar
 from quantgate.policy import load_policy
 from quantgate.quality.completions import FULL_BATCHES
-from quantgate.quality.distribution import Candidate, compare_with_reference
+from quantgate.quality.distribution import Candidate, Comparison, compare_with_reference
 from quantgate.quality.golden import load_golden_set
 from quantgate.quality.noise_floor import (
     OTHER_BATCHES,
@@ -73,16 +73,18 @@ def offline(
 ) -> Path:
     folder = tmp_path_factory.mktemp("offline")
     failures = compare_with_reference(
-        model.folder,
+        Comparison(
+            reference=model.folder,
+            documents=documents,
+            device="cpu",
+            dtype="float32",
+            threads=1,
+            max_tokens=MAX_TOKENS,
+            max_context=None,
+        ),
         {"source": Candidate(folder=model.folder, scheme="bf16", group_size=128)},
-        documents,
         out={"source": folder / "distribution.parquet"},
         log=folder / "log",
-        device="cpu",
-        dtype="float32",
-        threads=1,
-        max_tokens=MAX_TOKENS,
-        max_context=None,
         on_done=lambda _: None,
     )
     assert failures == {}
