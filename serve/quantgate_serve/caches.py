@@ -1,9 +1,10 @@
-"""Answers kept for a while: bounded in bytes and in age, the least recently used dropped first."""
+"""Answers kept for a while: bounded in bytes and in age, the least recently used dropped first; and
+what was made of the last object."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from time import monotonic
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Value = TypeVar("Value")
 
@@ -62,3 +63,17 @@ class BoundedCache(Generic[Value]):
     def _drop(self, key: Hashable) -> None:
         _, num_bytes, _ = self._entries.pop(key)
         self.num_bytes -= num_bytes
+
+
+def keep_last(function: Callable[[Any], Value]) -> Callable[[Any], Value]:
+    """`function`, which is asked about the same object many times in a row: called once for it."""
+    last: tuple[object, Value] | None = None
+
+    def call(argument: Any) -> Value:
+        nonlocal last
+        found = last
+        if found is None or found[0] is not argument:
+            found = last = (argument, function(argument))
+        return found[1]
+
+    return call

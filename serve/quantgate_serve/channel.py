@@ -22,6 +22,7 @@ from operator import attrgetter
 from typing import Any, Self
 
 from quantgate_serve.admission import AdmissionLimits
+from quantgate_serve.caches import keep_last
 from quantgate_serve.config import ServerSettings
 from quantgate_serve.metrics import EngineMetrics
 from quantgate_serve.request import (
@@ -62,7 +63,8 @@ def _enum(members: Iterable[enum.Enum]) -> _Writing:
 
 # The fields that are no plain values; None stays None.
 _WRITING: dict[str, _Writing] = {
-    "params": (_params, lambda values: SamplingParams(*values)),
+    # Requests that come together have the same ones: made once, and pickle writes them once.
+    "params": (keep_last(_params), keep_last(lambda values: SamplingParams(*values))),
     "priority": _enum(Priority),
     "level": _enum(Priority),
     "state": _enum(RequestState),

@@ -6,6 +6,7 @@ batch mates nor on a retry or preemption in between.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,23 +45,29 @@ def token_logprobs(
     wanted_ids: Sequence[tuple[int, ...]],
 ) -> list[TokenLogprob]:
     """Raw log-probabilities under `logits` [N, V]: of `tokens`, the best, of `wanted_ids`."""
-    device = logits.device
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    chosen = (
-        logprobs.gather(1, torch.tensor(tokens, device=device).unsqueeze(1)).squeeze(1).tolist()
-    )
-    most = min(max(num_top), logprobs.shape[1])
+    rows: list[int] = []
+    ids: list[int] = []
+    for row, wanted in enumerate(wanted_ids):
+        rows += [row] * (1 + len(wanted))
+        ids += (tokens[row], *wanted)
+    most = min(max(num_top), logits.shape[1])
     top_values: list[list[float]] = [[]] * len(tokens)
     top_ids: list[list[int]] = [[]] * len(tokens)
-    if most:
-        top = logprobs.topk(most, dim=-1)
-        top_values, top_ids = top.values.tolist(), top.indices.tolist()
+    if most or not _is_numpys(logits):
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
+        picked = logprobs[on_device(rows, logits.device), on_device(ids, logits.device)].tolist()
+        if most:
+            top = logprobs.topk(most, dim=-1)
+            top_values, top_ids = top.values.tolist(), top.indices.tolist()
+    else:
+        picked = _pick(logits, rows, ids)
     result = []
+    first = 0
     for row, token in enumerate(tokens):
-        count = num_top[row]
+        count, end = num_top[row], first + 1 + len(wanted_ids[row])
         pairs = tuple(zip(top_ids[row][:count], top_values[row][:count], strict=True))
-        wanted = _pick(logprobs[row], wanted_ids[row]) if wanted_ids[row] else ()
-        result.append(TokenLogprob(token, chosen[row], pairs, wanted))
+        result.append(TokenLogprob(token, picked[first], pairs, tuple(picked[first + 1 : end])))
+        first = end
     return result
 
 
@@ -84,7 +91,7 @@ def _best(logits: Tensor) -> Tensor:
 
     On the CPU by numpy, whose argmax is vectorised: 21 us for 64 rows of 4096, torch's is 220.
     """
-    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+    if _is_numpys(logits):
         return torch.from_numpy(logits.numpy().argmax(axis=-1))
     return logits.argmax(dim=-1)
 
@@ -96,8 +103,23 @@ def _splitmix64(state: int) -> int:
     return state ^ (state >> 31)
 
 
-def _pick(logprobs: Tensor, ids: tuple[int, ...]) -> tuple[float, ...]:
-    return tuple(logprobs.index_select(0, torch.tensor(ids, device=logprobs.device)).tolist())
+def _pick(logits: Tensor, rows: Sequence[int], ids: Sequence[int]) -> list[float]:
+    """The log-probability at each of (`rows`, `ids`), of which there are few: no row is divided.
+
+    In numpy, with a call for all: beside a model that uses the caches a call of torch takes 20 to
+    70 us, and most that ask for log-probabilities ask for those of a few ids.
+    """
+    values = logits.numpy()
+    high = values.max(axis=-1)
+    log_sums = np.log(np.exp(values - high[:, np.newaxis]).sum(axis=-1))
+    at = np.array(rows)
+    picked: list[float] = (values[at, np.array(ids)] - high[at] - log_sums[at]).tolist()
+    return picked
+
+
+def _is_numpys(logits: Tensor) -> bool:
+    """Whether numpy reads `logits` where they are; it is then faster than torch."""
+    return logits.device.type == "cpu" and logits.dtype == torch.float32
 
 
 def _draw_from_all(

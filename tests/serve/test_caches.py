@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantgate_serve.caches import BoundedCache
+from quantgate_serve.caches import BoundedCache, keep_last
 
 
 def test_an_entry_is_found_until_it_is_too_old() -> None:
@@ -52,3 +52,17 @@ def test_the_bytes_are_those_of_the_entries_and_within_the_bound(
         assert cache.get(key) == key
         assert cache.num_bytes <= 20
     assert cache.num_bytes == sum(sizes[key] for key in range(7) if cache.get(key) is not None)
+
+
+def test_what_was_made_of_the_last_object_is_not_made_again() -> None:
+    asked: list[list[int]] = []
+
+    def count(numbers: list[int]) -> int:
+        asked.append(numbers)
+        return len(numbers)
+
+    kept, first, equal = keep_last(count), [1, 2], [1, 2]
+    assert [kept(first), kept(first)] == [2, 2]
+    # Another object counts as another, and only the last is remembered.
+    assert [kept(equal), kept(first)] == [2, 2]
+    assert list(map(id, asked)) == list(map(id, [first, equal, first]))

@@ -70,6 +70,19 @@ def test_every_field_of_a_request_is_asked_or_progress_or_stays_on_its_side() ->
     assert sorted([*ASKED, *PROGRESS, *stay]) == sorted(item.name for item in fields(Request))
 
 
+def test_what_many_requests_ask_for_alike_crosses_once() -> None:
+    params = SamplingParams(max_tokens=3, logprob_token_ids=tuple(range(700, 900)))
+    requests = [Request([5, id], params) for id in range(9)]
+    one, nine = (frame(Submit([asked(r) for r in some])) for some in (requests[:1], requests))
+    assert len(nine) < 2 * len(one)
+    (message,) = Frames().feed(nine)
+    assert isinstance(message, Submit)
+    copies = [request_of(values) for values in message.requests]
+    assert [copy.prompt_ids for copy in copies] == [[5, id] for id in range(9)]
+    assert all(copy.params is copies[0].params for copy in copies)
+    assert copies[0].params == params
+
+
 def test_a_copy_asks_for_the_same_and_takes_no_text_along() -> None:
     request = Request(
         [5, 6],

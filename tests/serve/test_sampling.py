@@ -1,5 +1,6 @@
 """Which token comes next, and what its log-probability is."""
 
+import math
 from collections import Counter
 
 import pytest
@@ -84,3 +85,26 @@ def test_logprobs_are_raw_and_ordered() -> None:
     assert found.logprob == pytest.approx(expected[2].item())
     assert [token for token, _ in found.top] == [1, 2]
     assert found.of_token_ids == pytest.approx((expected[0].item(), expected[3].item()))
+
+
+def test_log_probs_of_a_few_ids_are_those_of_the_whole_vocabulary() -> None:
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(7)) * 30
+    logits[1, 40] = -math.inf
+    wanted = [(), (40, 0), (299,), (3, 3, 3), ()]
+    expected = torch.log_softmax(logits.double(), -1)
+    found = token_logprobs(logits, [9, 8, 7, 6, 5], num_top=[0] * 5, wanted_ids=wanted)
+    for row, (one, ids) in enumerate(zip(found, wanted, strict=True)):
+        assert one.top == ()
+        values = [one.logprob, *one.of_token_ids]
+        assert values == pytest.approx([expected[row, id].item() for id in (one.token_id, *ids)])
+    assert found[1].of_token_ids[0] == -math.inf
+
+
+def test_a_rows_log_probs_depend_on_no_other_row() -> None:
+    logits = torch.randn(33, 300, generator=torch.Generator().manual_seed(8)) * 9
+    ids = [(1, 2)] * 33
+    together = token_logprobs(logits, [0] * 33, num_top=[0] * 33, wanted_ids=ids)
+    alone = [
+        token_logprobs(row, [0], num_top=[0], wanted_ids=ids[:1])[0] for row in logits.split(1)
+    ]
+    assert together == alone

@@ -8,7 +8,7 @@ seconds each; they are refused once it is certain that they cannot fit.
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from quantgate_serve.http.errors import ApiError, invalid
 
@@ -53,15 +53,21 @@ def parse_prompts(prompt: Any, *, vocab_size: int, param: str = "prompt") -> Pro
         return Prompts(prompt, None)
     lists = [prompt] if not isinstance(prompt[0], list) else prompt
     _check_count(lists, param)
-    for ids in lists:
-        if not isinstance(ids, list) or not all(type(integral(token)) is int for token in ids):
-            raise invalid(
-                param, "a list must hold only strings, only token ids, or only lists of these."
-            )
-    lists = [[int(token) for token in ids] for ids in lists]
+    lists = [_token_ids(ids, param) for ids in lists]
     for ids in lists:
         check_token_ids(ids, param=param, vocab_size=vocab_size)
     return Prompts(None, lists)
+
+
+def _token_ids(values: Any, param: str) -> list[int]:
+    if isinstance(values, list):
+        # Mostly there is nothing to change, and they are many: no Python code for each of them.
+        if set(map(type, values)) == {int}:
+            return values
+        found = [integral(value) for value in values]
+        if all(type(value) is int for value in found):
+            return cast(list[int], found)
+    raise invalid(param, "a list must hold only strings, only token ids, or only lists of these.")
 
 
 def check_token_ids(ids: list[int], *, param: str, vocab_size: int) -> None:

@@ -209,15 +209,19 @@ class Service:
         scored = sum(map(len, prompts)) if body.scores_prompt else 0
         check_logprobs(body, num_prompts=len(prompts), scored=scored, max_tokens=max_tokens)
         seed = choose_seed(body.seed)
+        # All prompts have the same ones: what is made, sent and read is one for each choice.
+        choices = [
+            sampling_params(
+                body, max_tokens=max_tokens, choice=choice, base_seed=seed, grammar=grammar
+            )
+            for choice in range(body.n)
+        ]
+        operation = "chat" if isinstance(body, ChatBody) else "text_completion"
         result = []
         for ids in prompts:
-            for choice in range(body.n):
-                params = sampling_params(
-                    body, max_tokens=max_tokens, choice=choice, base_seed=seed, grammar=grammar
-                )
+            for params in choices:
                 needs_text = body.stream or params.stop
                 text = TextStream(self.vocabulary.decode, stop=params.stop) if needs_text else None
-                operation = "chat" if isinstance(body, ChatBody) else "text_completion"
                 result.append(self._request(ids, params, asked, operation, text=text))
         return result
 
