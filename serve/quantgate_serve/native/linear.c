@@ -3,8 +3,9 @@
  *
  * Weights lie in panels of two vectors of outputs; a tile of rows keeps its sums in registers over
  * all inputs. With AVX-512 few rows take one panel (14 rows x 2 vectors), many two (7 x 4): 28 of the
- * 32 registers either way; else all take one (6 x 2). While a panel is used, the next one is fetched,
- * by one of its tiles; the other tiles, whose products leave memory idle, may fetch pages.
+ * 32 registers either way; else all take one (6 x 2). While a panel is used, the next one is fetched:
+ * by one of its tiles, while the others, whose products leave memory idle, may fetch pages; or, where
+ * one tile has too little time for it, a share by each tile, which may fetch a page besides.
  *
  * Threads claim panels as they go, ever fewer at a time: on a shared machine none is as fast as the
  * others for long.
@@ -18,13 +19,13 @@
 #define GROUP 98 /* rows that stay in the second cache beside a pair of panels */
 #define FEW 28   /* rows up to which one panel at a time is faster (measured on a Zen 4) */
 #define UNIT 2   /* panels that are claimed together */
-#define SPREADS 0
+#define SPREADS 0 /* whether each tile fetches a share of the next panel */
 #else
 #define ROWS 6
 #define GROUP 72
 #define FEW GROUP
 #define UNIT 1
-#define SPREADS 1 /* whether each tile fetches a share of the next panel (measured on a Zen 3) */
+#define SPREADS 1 /* measured on a Zen 3 */
 #endif
 
 /* Where a tile's sums go: `width` outputs of y's rows, from `column` on. */
