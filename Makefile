@@ -42,7 +42,7 @@ fuzz: setup
 
 # The pure core decides what ships: every branch of it is tested.
 coverage: setup
-	$(BIN)/python -m pytest -q tests/harness/statistics $(wildcard $(CORE:%=tests/harness/test_%.py)) \
+	$(BIN)/python -m pytest -q tests/harness/statistics $(sort $(wildcard $(CORE:%=tests/harness/test_%*.py))) \
 	  $(CORE:%=--cov=quantgate.%) --cov-branch --cov-fail-under=100 --cov-report=term-missing:skip-covered
 
 lint: setup
