@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quantgate_serve.llm_int8 import Int8Linear
+from quantgate_serve.llm_int8 import Int8Linear, can_replace
 from quantgate_serve.native.int8 import (
     CACHE_LINE,
-    LANES,
     MAX_PARTS,
     Int8Codes,
     Int8Kernels,
@@ -21,7 +20,7 @@ from quantgate_serve.native.int8 import (
     Outliers,
 )
 
-# Products of a byte and a code, which is at most 127, add up in 32 bits.
+# Products of a code of x, offset or not, and one of a weight, at most 127, add up in 32 bits.
 _MAX_IN = 2**31 // (255 * 127) - 1
 
 
@@ -35,17 +34,18 @@ class FusedInt8Linear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.threshold = linear.threshold
         self.kernels = kernels
+        lanes, group = kernels.lanes, kernels.group
         padded = functional.pad(
-            linear.codes, (0, -self.in_features % 4, 0, -self.out_features % LANES)
+            linear.codes, (0, -self.in_features % group, 0, -self.out_features % lanes)
         )
-        tiles = padded.view(-1, LANES, padded.shape[1] // 4, 4).transpose(1, 2).contiguous()
+        tiles = padded.view(len(padded) // lanes, lanes, -1, group).transpose(1, 2).contiguous()
         self.part = Int8Codes(
             self.in_features,
             self.out_features,
             codes=tiles,
-            sums=padded.sum(1, dtype=torch.int32) * 128,
-            scales=_pad(linear.scales),
-            bias=None if linear.bias is None else _pad(linear.bias.float()),
+            sums=padded.sum(1, dtype=torch.int32) * kernels.offset,
+            scales=_pad(linear.scales, lanes),
+            bias=None if linear.bias is None else _pad(linear.bias.float(), lanes),
         )
         for name in ("codes", "sums", "scales", "bias"):
             self.register_buffer(name, getattr(self.part, name), persistent=False)
@@ -151,13 +151,17 @@ class _Call:
 
 
 def fuse_all(model: nn.Module, kernels: Int8Kernels | None) -> None:
-    """Replace every Int8Linear of `model`; nothing happens where there are no kernels."""
+    """Replace every Int8Linear of `model`, and each Linear that one can stand for.
+
+    Nothing happens where there are no kernels.
+    """
     if kernels is None:
         return
     for name, module in [*model.named_modules()]:
-        if type(module) is Int8Linear and module.in_features <= _MAX_IN:
+        linear = Int8Linear.of(module) if can_replace(module) else module
+        if type(linear) is Int8Linear and linear.in_features <= _MAX_IN:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, FusedInt8Linear(module, kernels))
+            setattr(model.get_submodule(parent), child, FusedInt8Linear(linear, kernels))
 
 
 def join(linears: Sequence[nn.Module]) -> FusedInt8Product | None:
@@ -180,5 +184,5 @@ def _alike(linears: Sequence[nn.Module]) -> list[FusedInt8Linear] | None:
     return fused if len(kinds) == 1 else None
 
 
-def _pad(values: Tensor) -> Tensor:
-    return functional.pad(values, (0, -len(values) % LANES))
+def _pad(values: Tensor, lanes: int) -> Tensor:
+    return functional.pad(values, (0, -len(values) % lanes))

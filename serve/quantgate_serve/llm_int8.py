@@ -18,14 +18,12 @@ _INVERSE = 7.874015718698502e-3
 
 
 def can_replace(linear: Any) -> bool:
-    """Whether Int8Linear stands for this module, a Linear of any kind, here."""
+    """Whether Int8Linear can stand for this module, a Linear of any kind."""
     return (
         type(linear).__name__ == "Linear8bitLt"
         and type(linear).__module__.startswith("bitsandbytes.")
         and not linear.state.has_fp16_weights
         and linear.weight.device.type == "cpu"
-        # Without it torch multiplies int8 number by number, and bitsandbytes multiplies in FP32.
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
     )
 
 
@@ -99,7 +97,12 @@ class Int8Linear(nn.Module):
 
 
 def replace_all(model: nn.Module) -> None:
-    """Replace every Linear8bitLt of `model` where that is possible."""
+    """Replace every Linear8bitLt of `model` where that is faster.
+
+    Without AVX-512 torch multiplies int8 number by number: they stay, and multiply in FP32.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return
     for name, module in [*model.named_modules()]:
         if can_replace(module):
             parent, _, child = name.rpartition(".")

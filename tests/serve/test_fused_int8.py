@@ -1,6 +1,7 @@
 """LLM.int8 by kernels in C gives bitsandbytes' numbers, bit for bit, outliers or not."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from quantgate_serve.llm_int8 import Int8Linear
 from quantgate_serve.native.int8 import Int8Kernels, find_int8_kernels
 
 pytestmark = pytest.mark.skipif(
-    find_int8_kernels() is None, reason="no C compiler, or a CPU without VNNI"
+    find_int8_kernels() is None, reason="no C compiler, or another CPU than int8.c is for"
 )
 
 
@@ -54,6 +55,26 @@ def rows_of(num_rows: int, num_in: int, *, num_outliers: int, seed: int) -> Tens
     return x
 
 
+def of_bitsandbytes(linear: Int8Linear) -> Any:
+    """A Linear8bitLt with the same weights, as it is when a checkpoint has been loaded."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    made = bitsandbytes.nn.Linear8bitLt(
+        linear.in_features,
+        linear.out_features,
+        has_fp16_weights=False,
+        threshold=linear.threshold,
+    )
+    made.weight = bitsandbytes.nn.Int8Params(
+        linear.codes,
+        requires_grad=False,
+        has_fp16_weights=False,
+        CB=linear.codes,
+        SCB=linear.scales,
+    )
+    made.bias = None if linear.bias is None else nn.Parameter(linear.bias)
+    return made.eval()
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     num_rows=st.sampled_from([1, 2, 7, 8, 9, 16, 17, 40]),
@@ -84,18 +105,27 @@ def test_every_bit_is_that_of_torch_s(
 
 
 def test_bitsandbytes_gives_the_same(kernels: Int8Kernels) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("bitsandbytes multiplies in FP32")
-    reference = linear_of(num_in=96, num_out=40, bias=True)
-    theirs = bitsandbytes.nn.Linear8bitLt(96, 40, has_fp16_weights=False, threshold=6.0)
-    codes, scales = reference.codes, reference.scales
-    theirs.weight = bitsandbytes.nn.Int8Params(
-        codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales
-    )
-    theirs.bias = nn.Parameter(reference.bias) if reference.bias is not None else None
+    theirs = of_bitsandbytes(linear_of(num_in=96, num_out=40, bias=True))
     x = rows_of(9, 96, num_outliers=3, seed=4)
-    assert torch.equal(FusedInt8Linear(reference, kernels)(x), theirs.eval()(x.clone()))
+    expected = theirs(x.clone())
+    model = nn.Sequential(theirs)
+    fused_int8.fuse_all(model, None)
+    assert model[0] is theirs
+    fused_int8.fuse_all(model, kernels)
+    assert isinstance(model[0], FusedInt8Linear)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_codes_add_up_exactly(kernels: Int8Kernels, sign: int) -> None:
+    """Beyond what 16 bits, and FP32, hold exactly."""
+    num_in = 4099
+    codes = torch.full((19, num_in), 127 * sign, dtype=torch.int8)
+    codes[3, 5] = 1
+    reference = Int8Linear(codes, torch.ones(19), None, threshold=6.0)
+    x = torch.full((7, num_in), 3.0)
+    x[2] = -3.0
+    assert torch.equal(FusedInt8Linear(reference, kernels)(x), reference(x))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e5])

@@ -1,15 +1,35 @@
-/* LLM.int8 on a CPU with AVX-512 and VNNI: bitsandbytes' numbers, bit for bit.
+/* LLM.int8 on a CPU with AVX-512 and VNNI, or with AVX2: bitsandbytes' numbers, bit for bit.
  *
  * Rows of x are rounded to FP16, those channels that hold an outlier are left out, and the rest is
  * rounded to int8 by each row's largest. Products are exact integers, so only the roundings around
  * them need bitsandbytes' order; no multiplication may be fused with an addition.
  *
- * T rows, K input channels, N output channels in tiles of 16. Codes of weights are
- * [tiles, K4, 16, 4] with K4 = K / 4 rounded up. Called by int8.py.
+ * T rows, K input channels in groups of G, N output channels in tiles of L, which are the lanes of
+ * one vector. Codes of weights are [tiles, groups, L, G]. Called by int8.py.
  */
 #include "vectors.h"
 
+#if LANES == 16 && defined(__AVX512VNNI__)
+#define GROUP 4    /* VNNI multiplies four bytes of a weight and of x in each lane, */
+#define OFFSET 128 /* those of x unsigned: code + 128 */
 #define MAX_ROWS 8 /* rows of which the sums of two tiles fit into registers */
+typedef uint8_t code;
+#elif LANES == 8
+#define GROUP 2 /* AVX2 multiplies two integers of 16 bits */
+#define OFFSET 0
+#define MAX_ROWS 6
+typedef int16_t code;
+#else
+#define GROUP 0
+#define OFFSET 0
+#endif
+
+/* For int8.py. There are no kernels where the group is 0. */
+const int64_t int8_lanes = LANES, int8_group = GROUP, int8_offset = OFFSET;
+
+#if GROUP
+#include <immintrin.h>
+
 /* Below so many products of a weight and a row, one thread is faster. */
 #define MIN_PRODUCTS 1048576
 #define SCALE 6.200124e-05f            /* 1 / 127^2 as bitsandbytes writes it */
@@ -18,9 +38,9 @@
 /* One Linear. int8.py has the same fields. */
 typedef struct {
     const int8_t *codes;
-    const int32_t *sums; /* [tiles * 16], 128 times the sum of an output's codes */
-    const float *scales; /* [tiles * 16] */
-    const float *bias;   /* [tiles * 16] or null */
+    const int32_t *sums; /* [tiles * L], OFFSET times the sum of an output's codes */
+    const float *scales; /* [tiles * L] */
+    const float *bias;   /* [tiles * L] or null */
     int64_t num_in, num_out;
 } linear;
 
@@ -32,13 +52,10 @@ typedef struct {
     float threshold;
 } product;
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
-#include <immintrin.h>
-
 typedef struct {
     const product *p;
     const float *x;
-    uint8_t *codes;  /* [T, stride], code + 128 */
+    code *codes;     /* [T, stride], plus OFFSET */
     float *largest;  /* [T] */
     uint8_t *is_out; /* [K], whether a channel holds an outlier */
     float *y;
@@ -46,86 +63,111 @@ typedef struct {
     int *is_odd; /* whether something is not finite */
 } job;
 
-INLINE __mmask16 lanes_from(int64_t k, int64_t num_in) {
-    return num_in - k < LANES ? (1u << (num_in - k)) - 1 : 0xffff;
-}
+typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1)));
+typedef code row_codes __attribute__((vector_size(LANES * sizeof(code)), aligned(1)));
 
-/* Sixteen channels as FP16 rounds them. */
-INLINE __m512 halves(const float *from, __mmask16 lanes) {
-    __m512 x = _mm512_maskz_loadu_ps(lanes, from);
-    return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+/* `halves` rounds to FP16, `nearest` to integers, ties to even. `load_group` gives the codes of a
+ * group of a tile, 32 bits for each output: what `add_products` multiplies with x's group. */
+#if LANES == 16
+INLINE vec halves(vec x) {
+    return (vec)_mm512_cvtph_ps(_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+}
+INLINE ints nearest(vec x) { return (ints)_mm512_cvtps_epi32((__m512)x); }
+INLINE vec larger(vec x, vec y) { return (vec)_mm512_max_ps((__m512)x, (__m512)y); }
+INLINE int any(ints where) { return _mm512_test_epi32_mask((__m512i)where, (__m512i)where) != 0; }
+INLINE ints load_group(const int8_t *from) { return (ints)_mm512_loadu_si512(from); }
+INLINE ints add_products(ints sums, ints weight, ints x) {
+    return (ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)x, (__m512i)weight);
+}
+#else
+INLINE vec halves(vec x) {
+    return (vec)_mm256_cvtph_ps(_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+}
+INLINE ints nearest(vec x) { return (ints)_mm256_cvtps_epi32((__m256)x); }
+INLINE vec larger(vec x, vec y) { return (vec)_mm256_max_ps((__m256)x, (__m256)y); }
+INLINE int any(ints where) { return !_mm256_testz_si256((__m256i)where, (__m256i)where); }
+INLINE ints load_group(const int8_t *from) {
+    return (ints)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from));
+}
+INLINE ints add_products(ints sums, ints weight, ints x) {
+    return sums + (ints)_mm256_madd_epi16((__m256i)weight, (__m256i)x);
+}
+#endif
+
+/* L channels of a row as FP16 rounds them, zeros behind the last. */
+INLINE vec channels(const job *j, int64_t row, int64_t k) {
+    const float *from = j->x + row * j->num_in + k;
+    if (k + LANES <= j->num_in) return halves(load(from));
+    vec x = {0};
+    memcpy(&x, from, sizeof(float) * (j->num_in - k));
+    return halves(x);
 }
 
 /* The largest that is no outlier, and which channels hold outliers. */
 static void find_largest(const job *j, int64_t row) {
-    const __m512 threshold = _mm512_set1_ps(j->p->threshold);
-    __m512 most = _mm512_setzero_ps();
+    const vec threshold = all(j->p->threshold);
+    vec most = {0};
     for (int64_t k = 0; k < j->num_in; k += LANES) {
-        __mmask16 lanes = lanes_from(k, j->num_in);
-        __m512 x = _mm512_abs_ps(halves(j->x + row * j->num_in + k, lanes));
-        __mmask16 out = _mm512_cmp_ps_mask(x, threshold, _CMP_NLT_UQ); /* NaN, too */
-        most = _mm512_mask_max_ps(most, ~out, most, x);
-        if (!out) continue;
-        if (_mm512_mask_cmp_ps_mask(out, x, _mm512_set1_ps(65504.0f), _CMP_NLE_UQ))
-            __atomic_store_n(j->is_odd, 1, __ATOMIC_RELAXED);
+        vec x = (vec)((ints)channels(j, row, k) & 0x7fffffff);
+        ints in = x < threshold; /* NaN is out, too */
+        most = larger(most, (vec)((ints)x & in));
+        if (!any(~in)) continue;
+        if (any(~(x <= 65504.0f))) __atomic_store_n(j->is_odd, 1, __ATOMIC_RELAXED);
         for (int i = 0; i < LANES; i++)
-            if (out >> i & 1) __atomic_store_n(j->is_out + k + i, 1, __ATOMIC_RELAXED);
+            if (!in[i]) __atomic_store_n(j->is_out + k + i, 1, __ATOMIC_RELAXED);
     }
-    j->largest[row] = _mm512_reduce_max_ps(most);
+    float largest = 0;
+    for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+    j->largest[row] = largest;
 }
 
 static void quantize(const job *j, int64_t row) {
     /* Two roundings: torch divides by a tensor so. */
-    const __m512 inverse = _mm512_set1_ps(1.0f / j->largest[row] * 127.0f);
-    uint8_t *to = j->codes + row * j->stride;
+    const float inverse = 1.0f / j->largest[row] * 127.0f;
+    code *to = j->codes + row * j->stride;
     for (int64_t k = 0; k < j->num_in; k += LANES) {
-        __mmask16 lanes = lanes_from(k, j->num_in);
-        __m512 x = _mm512_mul_ps(halves(j->x + row * j->num_in + k, lanes), inverse);
-        __m512i code = _mm512_cvtps_epi32(x); /* to the nearest, ties to even */
-        __m128i out = _mm_maskz_loadu_epi8(lanes, j->is_out + k);
-        code = _mm512_mask_set1_epi32(code, _mm_test_epi8_mask(out, out), 0);
-        __m128i bytes = _mm_xor_si128(_mm512_cvtepi32_epi8(code), _mm_set1_epi8(-128));
-        _mm_storeu_si128((__m128i *)(to + k), bytes);
+        ints found = nearest(channels(j, row, k) * inverse);
+        ints out = __builtin_convertvector(*(const bytes *)(j->is_out + k), ints);
+        found = (found & (out == 0)) + OFFSET;
+        *(row_codes *)(to + k) = __builtin_convertvector(found, row_codes);
     }
 }
 
-INLINE __m512 rounded(__m512 x) {
+INLINE vec rounded(vec x) {
     __asm__("" : "+v"(x)); /* what follows cannot be fused with what came before */
     return x;
 }
 
-/* `to` [rows, up to 16 * width] of `rows` rows from `row` on and `width` neighbouring tiles. */
+/* `to` [rows, L * width] of `rows` rows from `row` on and `width` neighbouring tiles. */
 INLINE void multiply_block(const linear *l, int64_t tile, const job *j, int64_t row,
                            const int rows, const int width, float *to, int64_t to_stride) {
-    const int64_t fours = (l->num_in + 3) / 4;
-    const int8_t *codes = l->codes + tile * fours * 64;
-    const uint8_t *x = j->codes + row * j->stride;
-    __m512i acc[MAX_ROWS][2];
+    const int64_t groups = (l->num_in + GROUP - 1) / GROUP;
+    const int8_t *codes = l->codes + tile * groups * LANES * GROUP;
+    const code *x = j->codes + row * j->stride;
+    ints acc[MAX_ROWS][2];
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int w = 0; w < width; w++) acc[r][w] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < fours; k++) {
-        __m512i weight[2];
+        UNROLL for (int w = 0; w < width; w++) acc[r][w] = (ints){0};
+    for (int64_t k = 0; k < groups; k++) {
+        ints weight[2];
         UNROLL for (int w = 0; w < width; w++)
-            weight[w] = _mm512_loadu_si512(codes + (w * fours + k) * 64);
+            weight[w] = load_group(codes + (w * groups + k) * LANES * GROUP);
         UNROLL for (int r = 0; r < rows; r++) {
-            int32_t four;
-            memcpy(&four, x + r * j->stride + 4 * k, 4);
-            __m512i value = _mm512_set1_epi32(four);
+            int32_t group;
+            memcpy(&group, x + r * j->stride + k * GROUP, sizeof group);
+            ints value = group - (ints){0};
             UNROLL for (int w = 0; w < width; w++)
-                acc[r][w] = _mm512_dpbusd_epi32(acc[r][w], value, weight[w]);
+                acc[r][w] = add_products(acc[r][w], weight[w], value);
         }
     }
     UNROLL for (int w = 0; w < width; w++) {
-        int64_t at = (tile + w) * LANES, left = l->num_out - at;
-        __mmask16 lanes = left < LANES ? (1u << left) - 1 : 0xffff;
-        __m512i sums = _mm512_loadu_si512(l->sums + at);
-        __m512 scales = _mm512_loadu_ps(l->scales + at);
+        int64_t at = (tile + w) * LANES;
+        ints sums = *(const ints *)(l->sums + at);
+        vec scales = load(l->scales + at);
         UNROLL for (int r = 0; r < rows; r++) {
-            __m512 scale = _mm512_mul_ps(_mm512_set1_ps(j->largest[row + r]), scales);
-            __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(acc[r][w], sums)), scale);
-            y = rounded(_mm512_mul_ps(y, _mm512_set1_ps(SCALE)));
-            if (l->bias) y = _mm512_add_ps(y, _mm512_loadu_ps(l->bias + at));
-            _mm512_mask_storeu_ps(to + r * to_stride + w * LANES, lanes, y);
+            vec y = __builtin_convertvector(acc[r][w] - sums, vec);
+            y = rounded(y * (j->largest[row + r] * scales) * SCALE);
+            if (l->bias) y += load(l->bias + at);
+            store(to + r * to_stride + w * LANES, y);
         }
     }
 }
@@ -133,16 +175,26 @@ INLINE void multiply_block(const linear *l, int64_t tile, const job *j, int64_t 
 static __attribute__((noinline)) void multiply_rows(const linear *l, int64_t tile, const job *j,
                                                     int64_t row, int rows, int width, float *to,
                                                     int64_t to_stride) {
+    /* The last tile may have more lanes than there are outputs. */
+    float whole[MAX_ROWS * 2 * LANES];
+    const int64_t left = l->num_out - tile * LANES;
+    const int is_whole = left >= width * LANES;
+    float *at = is_whole ? to : whole;
+    const int64_t stride = is_whole ? to_stride : 2 * LANES;
 #define CASE(R) \
     case R: \
-        if (width == 2) multiply_block(l, tile, j, row, R, 2, to, to_stride); \
-        else multiply_block(l, tile, j, row, R, 1, to, to_stride); \
+        if (width == 2) multiply_block(l, tile, j, row, R, 2, at, stride); \
+        else multiply_block(l, tile, j, row, R, 1, at, stride); \
         break;
     switch (rows) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if MAX_ROWS == 8
         CASE(7) CASE(8)
+#endif
     }
 #undef CASE
+    for (int r = 0; r < rows && !is_whole; r++)
+        memcpy(to + r * to_stride, whole + r * stride, sizeof(float) * left);
 }
 
 INLINE int64_t num_tiles(const linear *l) { return (l->num_out + LANES - 1) / LANES; }
@@ -173,18 +225,19 @@ static void run(const job *j) {
     }
 }
 
-/* y [T, N], without what outliers add, from x [T, K]. `codes` holds T * (K + 128) bytes, `largest`
- * T floats, `is_out` K bytes. Returns how many of K channels hold outliers, whose numbers it writes
- * to `columns` [K]; or -1 where something is not finite in FP16, and then y is of no use. */
-int64_t multiply_int8(const product *p, const float *x, int64_t rows, uint8_t *codes, float *largest,
+/* y [T, N], without what outliers add, from x [T, K]. `codes` holds K of them and 128 bytes for each
+ * row, `largest` T floats, `is_out` K bytes and L. Returns how many of K channels hold outliers,
+ * whose numbers it writes to `columns` [K]; or -1 where something is not finite in FP16, and then y
+ * is of no use. */
+int64_t multiply_int8(const product *p, const float *x, int64_t rows, code *codes, float *largest,
                       uint8_t *is_out, int64_t *columns, float *y, int64_t threads) {
     int is_odd = 0;
     int64_t num_in = p->parts[0].num_in, num_out = 0, found = 0;
     for (int i = 0; i < p->num_parts; i++) num_out += p->parts[i].num_out;
     /* An odd number of cache lines: rows 4 KiB apart would share a few places of the cache. */
-    int64_t stride = ((num_in + 63) / 64 | 1) * 64;
+    int64_t stride = ((num_in * sizeof(code) + 63) / 64 | 1) * 64 / sizeof(code);
     job j = {p, x, codes, largest, is_out, y, rows, num_in, num_out, stride, &is_odd};
-    memset(is_out, 0, num_in);
+    memset(is_out, 0, num_in + LANES);
     if (num_in * num_out * rows < MIN_PRODUCTS) threads = 1;
     if (threads == 1) {
         run(&j);
@@ -201,21 +254,20 @@ int64_t multiply_int8(const product *p, const float *x, int64_t rows, uint8_t *c
  * [outputs, n], each part beginning at a cache line, as `weights` does. */
 void pick_outliers(const product *p, const float *x, int64_t rows, const int64_t *columns, int64_t n,
                    float *picked, float *weights) {
-    const int64_t num_in = p->parts[0].num_in, fours = (num_in + 3) / 4;
+    const int64_t num_in = p->parts[0].num_in, groups = (num_in + GROUP - 1) / GROUP;
+    const int bits = 32 / GROUP;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < n; i++) picked[r * n + i] = x[r * num_in + columns[i]];
     for (int part = 0; part < p->num_parts; part++) {
         const linear *l = p->parts + part;
         for (int64_t at = 0; at < l->num_out; at += LANES) {
-            const int8_t *tile = l->codes + at * fours * 4;
-            const __m512 scales = _mm512_loadu_ps(l->scales + at);
+            const int8_t *tile = l->codes + at * groups * GROUP;
+            const vec scales = load(l->scales + at);
             int64_t left = l->num_out - at < LANES ? l->num_out - at : LANES;
             for (int64_t i = 0; i < n; i++) {
-                float found[LANES];
-                __m512i four = _mm512_loadu_si512(tile + columns[i] / 4 * 64);
-                four = _mm512_sll_epi32(four, _mm_cvtsi32_si128(24 - columns[i] % 4 * 8));
-                __m512 w = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_srai_epi32(four, 24)), scales);
-                _mm512_storeu_ps(found, _mm512_mul_ps(w, _mm512_set1_ps(INVERSE)));
+                ints group = load_group(tile + columns[i] / GROUP * LANES * GROUP);
+                group = group << (32 - bits * (int)(columns[i] % GROUP + 1)) >> (32 - bits);
+                vec found = __builtin_convertvector(group, vec) * scales * INVERSE;
                 for (int64_t o = 0; o < left; o++) weights[o * n + i] = found[o];
             }
             weights += left * n;
@@ -223,8 +275,4 @@ void pick_outliers(const product *p, const float *x, int64_t rows, const int64_t
         weights = (float *)(((uintptr_t)weights + 63) / 64 * 64);
     }
 }
-
-int64_t has_vnni(void) { return 1; }
-#else
-int64_t has_vnni(void) { return 0; }
 #endif

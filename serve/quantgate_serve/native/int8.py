@@ -1,6 +1,6 @@
 """Calls int8.c: LLM.int8 in one pass, with torch's threads.
 
-Shapes: T rows, K input channels, N output channels in tiles of 16.
+Shapes: T rows, K input channels in groups of G, N output channels in tiles of L.
 """
 
 import ctypes
@@ -22,8 +22,8 @@ from quantgate_serve.native.library import (
 )
 
 # What int8.c is written for.
-LANES = 16
 MAX_PARTS = 3
+_GROUP_BYTES = 4  # of the codes of a row of x
 CACHE_LINE = 64
 _LINE_FLOATS = 16
 
@@ -33,10 +33,10 @@ class Int8Codes:
     """One Linear as int8.c reads it. Everything is contiguous and on the CPU.
 
     Args:
-        codes: [N / 16, K / 4, 16, 4] int8.
-        sums: [N / 16 * 16] int32, 128 times the sum of an output's codes.
-        scales: [N / 16 * 16] FP32, the largest absolute weight of an output.
-        bias: [N / 16 * 16] FP32 or None.
+        codes: [N / L, K / G, L, G] int8.
+        sums: [N / L * L] int32, what the kernels add to codes of x times the sum of an output's.
+        scales: [N / L * L] FP32, the largest absolute weight of an output.
+        bias: [N / L * L] FP32 or None.
     """
 
     num_in: int
@@ -112,15 +112,23 @@ class NotFiniteError(Exception):
 
 
 class Int8Kernels:
-    """The functions of int8.c over tensors."""
+    """The functions of int8.c over tensors.
+
+    On this CPU `lanes` is L, `group` is G, and `offset` is added to codes of x.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         """
         Raises:
-            KernelsUnavailableError: this CPU has no VNNI.
+            KernelsUnavailableError: int8.c is not written for this CPU.
         """
-        if not bind(library.has_vnni, result=INT)():
-            raise KernelsUnavailableError("LLM.int8 needs a CPU with AVX-512 and VNNI")
+        self.lanes: int = INT.in_dll(library, "int8_lanes").value
+        self.group: int = INT.in_dll(library, "int8_group").value
+        self.offset: int = INT.in_dll(library, "int8_offset").value
+        if self.group == 0:
+            raise KernelsUnavailableError(
+                "LLM.int8 needs a CPU with AVX2, and with VNNI if it has AVX-512"
+            )
         self._multiply = bind(
             library.multiply_int8, POINTER, POINTER, INT, *[POINTER] * 5, INT, result=INT
         )
@@ -139,10 +147,16 @@ class Int8Kernels:
         """
         rows, num_in = x.shape
         y = x.new_empty(rows * product.num_out)
-        # The channels with outliers, each row's largest, whether a channel has any, the codes of x.
-        sizes = (8 * num_in, 4 * rows, num_in, rows * (num_in + 2 * CACHE_LINE))
+        code_bytes = _GROUP_BYTES // self.group
+        # The channels with outliers, each row's largest, the codes of x, whether a channel has any.
+        sizes = (
+            8 * num_in,
+            4 * rows,
+            rows * (num_in * code_bytes + 2 * CACHE_LINE),
+            num_in + self.lanes,
+        )
         scratch = torch.empty(sum(sizes), dtype=torch.uint8)
-        columns, largest, is_outlier, codes = accumulate(sizes[:-1], initial=scratch.data_ptr())
+        columns, largest, codes, is_outlier = accumulate(sizes[:-1], initial=scratch.data_ptr())
         found = self._multiply(
             product.address,
             x.data_ptr(),

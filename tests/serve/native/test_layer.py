@@ -63,13 +63,12 @@ def test_a_native_rotation_equals_torch_s_and_leaves_the_values(
 
 
 @pytest.mark.parametrize(("target", "lanes"), [("x86-64", 4), ("x86-64-v3", 8)])
-def test_a_lesser_cpu_has_every_kernel_but_llm_int8_s(
+def test_a_lesser_cpu_has_every_kernel_but_those_of_int8_c(
     target: str, lanes: int, library_for: Callable[..., CDLL]
 ) -> None:
     library = library_for(target, level="-O0")
     kernels = LayerKernels(library)
     assert QuantizedKernels(library).lanes == lanes
-    assert library.has_vnni() == 0
     generator = torch.Generator().manual_seed(1)
     hidden, weight = (torch.randn(5, 96, generator=generator) for _ in range(2))
     norm = NativeNorm(weight[0], 1e-5, kernels)
