@@ -82,6 +82,9 @@ class Engine:
             RequestTooLongError: one can never fit.
             QueueFullError: too much is queued already.
         """
+        if not self.has_work:
+            # What was read at the end of the work before holds, and these need not wait for more.
+            self._gauged_ns = perf_counter_ns()
         self._admission.enter(requests)
         for request in requests:
             self._scheduler.add(request)

@@ -37,8 +37,8 @@ from quantgate_serve.loading import UnsupportedModelError
 from quantgate_serve.request import FinishReason, Request, RequestError, RequestState
 from quantgate_serve.startup import build_engine, load_for_serving
 
-# The counts are sent this often while there is work, and after the last step of it. They are also
-# the sign of life.
+# The counts are sent this often while there is work, first so long after its begin, and after the
+# last step of it. They are also the sign of life.
 COUNTS_INTERVAL_S = 0.1
 
 
@@ -107,7 +107,12 @@ class EngineHost:
             idle_s = 0 if is_late else engine.idle_s()
             if idle_s is None:
                 engine.rest()
-            self._take_all([*self._untaken, *self._channel.receive(idle_s)])
+            received = self._channel.receive(idle_s)
+            if idle_s is None:
+                # The counts that the work before ended with hold until then, so that the front is
+                # not woken beside the first steps of a request.
+                self._next_counts_s = monotonic() + COUNTS_INTERVAL_S
+            self._take_all([*self._untaken, *received])
             if engine.has_work or self._refused:
                 self._untold = engine.compute(self._tell if engine.overlaps else None)
                 # A step that does not follow at once keeps nobody waiting.

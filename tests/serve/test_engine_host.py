@@ -7,6 +7,7 @@ import pytest
 
 from quantgate_serve.channel import (
     Abort,
+    Counts,
     Message,
     StepReport,
     Stop,
@@ -39,6 +40,38 @@ class Front:
     @property
     def reports(self) -> list[StepReport]:
         return [message for message in self.heard if isinstance(message, StepReport)]
+
+
+def test_a_request_for_an_idle_engine_is_counted_at_its_end_and_not_beside_its_steps(
+    make_engine: MakeEngine, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # However slow this machine is.
+    monkeypatch.setattr("quantgate_serve.engine_host.COUNTS_INTERVAL_S", 10.0)
+    monkeypatch.setattr("quantgate_serve.engine._GAUGES_EVERY_NS", 10**10)
+    mail: list[list[Message]] = [[Submit([asked(make_request([5], max_tokens=9))])] for _ in "ab"]
+    front: Any = Front(*mail)
+    engine = make_engine()
+    gauged: list[bool] = []
+    update = engine.update_gauges
+
+    def update_gauges() -> None:
+        gauged.append(engine.has_work)
+        update()
+
+    engine.update_gauges = update_gauges  # type: ignore[method-assign]
+    EngineHost(engine, front).run()
+    kinds = [type(message) for message in front.heard]
+    assert kinds == [StepReport, StepReport, Counts] * 2
+    assert gauged == [False] * 2
+
+
+def test_long_work_is_counted_while_it_lasts(
+    make_engine: MakeEngine, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantgate_serve.engine_host.COUNTS_INTERVAL_S", 0.0)
+    front: Any = Front([Submit([asked(make_request([5], max_tokens=4))])])
+    EngineHost(make_engine(), front).run()
+    assert sum(isinstance(message, Counts) for message in front.heard) == 4
 
 
 def heard_of(engine: Engine, *mail: list[Message]) -> list[StepReport]:
