@@ -6,8 +6,8 @@ memory for as long as it likes; uvicorn itself bounds only the pause between two
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import httptools
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,113 +18,11 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from quantgate_serve.http.errors import ApiError
+from quantgate_serve.http.extensions import LEAVING, PIECES, WHOLE_BODY, CyclePieces, WholeBody
+from quantgate_serve.http.joined_writes import JoinedWrites
 
 # The largest heads in use (cookies, tokens) take a quarter.
 MAX_HEAD_BYTES = 65_536
-# The ASGI extension by which the application names what is to be called when its client leaves: a
-# task that waits for the disconnect costs more than the rest of a short answer's bookkeeping.
-LEAVING = "quantgate.leaving"
-# The one by which it writes pieces of a stream without a task's turn: see `Pieces`.
-PIECES = "quantgate.pieces"
-# The one by which it asks for a body without waiting: the body if all of it has come, else None.
-# Most have come with their head, and need neither a timer nor messages.
-WHOLE_BODY = "quantgate.whole_body"
-Result = TypeVar("Result")
-
-
-class Pieces(Protocol):
-    """The middle of an answer's body, once it has begun."""
-
-    @property
-    def is_writable(self) -> bool:
-        """False while the client has to read first: then pieces are sent, which waits for it."""
-
-    def put(self, body: bytes) -> None:
-        """Write some of the body."""
-
-
-class CyclePieces:
-    """Pieces of the answer of one of uvicorn's cycles."""
-
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
-
-    @property
-    def is_writable(self) -> bool:
-        cycle = self._cycle
-        return cycle.response_started and not (cycle.response_complete or cycle.flow.write_paused)
-
-    def put(self, body: bytes) -> None:
-        # It waits for nothing but for what is_writable tells.
-        _at_once(
-            self._cycle.send({"type": "http.response.body", "body": body, "more_body": True}),
-            otherwise="a piece was put where nothing can be written",
-        )
-
-
-class WholeBody:
-    """The body of one of uvicorn's cycles, once all of it has come."""
-
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
-
-    def __call__(self) -> bytes | None:
-        """Take the body; None while some of it is missing, and once it has been taken."""
-        cycle = self._cycle
-        if cycle.more_body or cycle.disconnected or not cycle.message_event.is_set():
-            return None
-        message: Any = _at_once(cycle.receive(), otherwise="the body is not there")
-        body: bytes = message["body"]
-        return body
-
-
-class JoinedWrites(asyncio.Transport):
-    """A transport that sends what was written in one turn of the event loop in one piece.
-
-    uvicorn writes an answer's head, its body and its end one by one, and each would wake who reads.
-    """
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__()
-        self._transport = transport
-        self._loop = loop
-        self._unsent: list[bytes] = []
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        if not data:
-            return
-        if not self._unsent:
-            self._loop.call_soon(self.flush)
-        self._unsent.append(bytes(data))
-
-    def flush(self) -> None:
-        """Send what was written now: no more of it comes in this turn."""
-        pieces, self._unsent = self._unsent, []
-        if pieces and not self._transport.is_closing():
-            self._transport.write(b"".join(pieces))
-
-    def close(self) -> None:
-        self.flush()
-        self._transport.close()
-
-    def abort(self) -> None:
-        self._unsent.clear()
-        self._transport.abort()
-
-    def is_closing(self) -> bool:
-        return self._transport.is_closing()
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return self._transport.get_extra_info(name, default)
-
-    def pause_reading(self) -> None:
-        self._transport.pause_reading()
-
-    def resume_reading(self) -> None:
-        self._transport.resume_reading()
-
-    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        self._transport.set_protocol(protocol)
 
 
 class Connection(HttpToolsProtocol):
@@ -350,21 +248,6 @@ class Connection(HttpToolsProtocol):
                 b"connection: close\r\n\r\n%b" % (STATUS_LINE[error.status], len(body), body)
             )
         self.transport.close()
-
-
-def _at_once(work: Coroutine[Any, Any, Result], *, otherwise: str) -> Result:
-    """The result of `work`, which has nothing to wait for.
-
-    Raises:
-        RuntimeError: `otherwise`, it has.
-    """
-    try:
-        work.send(None)
-    except StopIteration as done:
-        result: Result = done.value
-        return result
-    work.close()
-    raise RuntimeError(otherwise)
 
 
 def _has_path(target: bytes) -> bool:

@@ -17,8 +17,8 @@ from quantgate_serve.admission import (
     TooManyAtOnceError,
 )
 from quantgate_serve.client import EngineStoppedError
-from quantgate_serve.http.connection import LEAVING
 from quantgate_serve.http.errors import ApiError
+from quantgate_serve.http.extensions import LEAVING
 from quantgate_serve.request import Delta, Request
 from quantgate_serve.sharing import Sharing
 

@@ -18,9 +18,9 @@ from quantgate_serve.detokenize import TextStream
 from quantgate_serve.exposition import Exposition
 from quantgate_serve.http import responses
 from quantgate_serve.http.bodies import ChatBody, CompletionBody, GenerationBody, RequestBody
-from quantgate_serve.http.connection import WHOLE_BODY
 from quantgate_serve.http.errors import ApiError, invalid
 from quantgate_serve.http.exchange import ClientGoneError
+from quantgate_serve.http.extensions import WHOLE_BODY
 from quantgate_serve.http.prompts import MAX_PROMPTS, Prompts, check_token_ids, encode_texts
 from quantgate_serve.http.protocol import (
     Body,

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from quantgate_serve.http import exchange, responses
 from quantgate_serve.http.bodies import ChatBody, CompletionBody
-from quantgate_serve.http.connection import PIECES, Pieces
+from quantgate_serve.http.extensions import PIECES, Pieces
 from quantgate_serve.request import Delta, Request
 from quantgate_serve.sharing import Sharing
 from quantgate_serve.vocabulary import Vocabulary

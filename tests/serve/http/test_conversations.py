@@ -10,13 +10,8 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from quantgate_serve.http.connection import (
-    LEAVING,
-    PIECES,
-    WHOLE_BODY,
-    Connection,
-    Pieces,
-)
+from quantgate_serve.http.connection import Connection
+from quantgate_serve.http.extensions import LEAVING, PIECES, WHOLE_BODY, Pieces
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 talking: list[Connection] = []

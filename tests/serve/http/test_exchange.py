@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from quantgate_serve.http.connection import LEAVING
 from quantgate_serve.http.exchange import ClientGoneError, Inbox, closing_with
+from quantgate_serve.http.extensions import LEAVING
 from quantgate_serve.request import Delta, Request, SamplingParams
 
 
