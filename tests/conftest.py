@@ -6,9 +6,12 @@ Two workers take two cores better than one does: much of a test is the start of 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+from quantgate_serve.imports import uncollected
 
 # Each worker has one core; no result depends on the number of threads, and tests of threads set it.
 # Said before torch is imported, and to every child process.
@@ -27,6 +30,13 @@ LONGEST = (
     "tests/harness/quality/test_served.py",
 )
 """Twenty seconds and more each: begun last, one worker would wait for the other."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """Every worker imports all test modules, and what they import."""
+    with uncollected():
+        return (yield)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -104,6 +104,8 @@ async def _serve(
         ModelRefusedError: the engine cannot serve this model.
         EngineStoppedError: it died while loading, or too often.
     """
+    # Until what is imported and loaded here is frozen: it makes no garbage worth a look.
+    gc.disable()
     from quantgate_serve.client import EngineClient
     from quantgate_serve.engine_child import EngineThread, launch_process
     from quantgate_serve.tracing import Spans, export_to
@@ -206,6 +208,7 @@ async def _serve(
         # What has been loaded stays; a collection that a large body sets off need not look at it.
         gc.collect()
         gc.freeze()
+        gc.enable()
         await Server(config).serve(sockets=[listener])
         for task in watching:
             task.cancel()

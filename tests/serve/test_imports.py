@@ -1,11 +1,12 @@
 """What is left out of a process stays out of it, and only for as long as it was said."""
 
+import gc
 import subprocess
 import sys
 
 import pytest
 
-from quantgate_serve.imports import without
+from quantgate_serve.imports import uncollected, without
 
 _FRONT = (
     "client", "engine_child", "exposition", "http.admin", "http.app", "http.connection",
@@ -35,3 +36,22 @@ def test_what_is_left_out_is_found_again_after_the_block_and_what_was_imported_s
 
     assert colorsys.ONE_THIRD
     assert json.dumps([]) == "[]"
+
+
+def test_the_collector_rests_in_the_block_and_passes_over_what_it_made_afterwards() -> None:
+    before = gc.get_freeze_count()
+    with uncollected():
+        assert not gc.isenabled()
+        made: list[list[int]] = [[] for _ in range(1_000)]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() >= before + len(made)
+
+
+def test_a_collector_that_was_off_stays_off_also_after_an_import_that_fails() -> None:
+    gc.disable()
+    try:
+        with uncollected(), pytest.raises(ModuleNotFoundError):
+            import no_such_module  # noqa: F401
+        assert not gc.isenabled()
+    finally:
+        gc.enable()

@@ -19,10 +19,12 @@ from quantgate.errors import QuantgateError
 from quantgate.files import read_json, write_text
 from quantgate.variants.manifest import manifest_from_json
 from quantgate.variants.source import SourceModel
+from quantgate_serve.imports import UNUSED_BY_MODELS, uncollected, without
 
 
 def main() -> None:
-    import torch
+    with uncollected():
+        import torch
 
     request: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     folder = Path(request["source"]["folder"])
@@ -33,7 +35,8 @@ def main() -> None:
         files=request["source"]["files"],
     )
 
-    outline = read_outline(source)
+    with without(*UNUSED_BY_MODELS), uncollected():
+        outline = read_outline(source)
 
     def audit(artifact: dict[str, Any]) -> None:
         manifest = manifest_from_json(artifact["manifest"])

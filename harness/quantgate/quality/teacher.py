@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from quantgate.files import sha256_of_file, sha256_of_json, write_with
 from quantgate.quality.healthy import make_healthy
+from quantgate_serve.imports import UNUSED_BY_MODELS, uncollected, without
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    import torch
+    with without(*UNUSED_BY_MODELS), uncollected():
+        import torch
 
-    from quantgate_serve import offline
+        from quantgate_serve import offline
 
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     if request["threads"] is not None:

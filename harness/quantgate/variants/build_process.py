@@ -11,6 +11,7 @@ from pathlib import Path
 from quantgate.files import write_json
 from quantgate.variants.scheme import BuildRequest
 from quantgate.variants.source import DEMO_MODEL, demo_folder, open_source
+from quantgate_serve.imports import uncollected
 
 _MODULES = {
     "bf16": "quantgate.variants.bf16",
@@ -25,7 +26,8 @@ def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     folder = Path(request["source"])
     source = open_source(DEMO_MODEL if folder == demo_folder() else str(folder))
-    scheme = importlib.import_module(_MODULES[request["scheme"]])
+    with uncollected():
+        scheme = importlib.import_module(_MODULES[request["scheme"]])
     notes = scheme.build(
         source,
         Path(request["out"]),

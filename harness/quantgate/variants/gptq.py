@@ -20,6 +20,7 @@ from quantgate.variants.scheme import (
 )
 from quantgate.variants.source import SourceModel
 from quantgate.variants.surprise import surprise_ratio
+from quantgate_serve.imports import uncollected
 
 _BITS = {"int4-gptq": 4, "int8-gptq": 8}
 # Symmetric AutoGPTQ v1 files store zero - 1 in every nibble or byte.
@@ -43,8 +44,9 @@ def build(source: SourceModel, out: Path, request: BuildRequest) -> BuildNotes:
     _check_widths(source, group_size)
     # Read once, on import: without it GPTQModel sizes its pools from all cores of the host.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(os.cpu_count() or 1))
-    import torch
-    from gptqmodel import GPTQModel, QuantizeConfig
+    with uncollected():
+        import torch
+        from gptqmodel import GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(
         bits=bits,
