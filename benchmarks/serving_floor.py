@@ -2,7 +2,9 @@
 
 Prompt tokens count at the best GEMM rate that this machine reaches, decode steps at the time of all
 Linears for the mean batch of the real run. Both are measured for each way of multiplying that torch
-has on this CPU and for the engine's own, and the fastest counts.
+has on this CPU and for the engine's own, and the fastest of all repetitions counts. The engine's
+time, though, is all of its run, whatever other guests of the host do; so the floor with decode
+steps at their median is told beside it.
 
 Attention also reads every earlier key and value in each step, which the floor leaves out. What that
 takes at least is measured beside it: as many bytes, in order, from memory that no cache holds.
@@ -10,6 +12,7 @@ takes at least is measured beside it: as many bytes, in order, from memory that 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from time import perf_counter
 
 import torch
@@ -35,10 +38,21 @@ class Floor:
     """The floor of one workload, and what it was computed from."""
 
     duration_s: float
+    # With decode steps at their median instead of the fastest.
+    typical_s: float
     gemm_flop_per_s: float
     mean_batch: float
     decode_step_s: float
+    typical_decode_step_s: float
     default_decode_step_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Of one thing done again and again, in seconds."""
+
+    best: float
+    median: float
 
 
 class Linears:
@@ -58,13 +72,17 @@ class Linears:
         return 2 * sum(weight.numel() for weight in self.layers)
 
     def step_s(self, rows: int, *, with_head: bool) -> dict[str, float]:
-        """Seconds for all Linears over `rows` tokens, by implementation."""
+        """The least seconds for all Linears over `rows` tokens, by implementation."""
+        return {name: times.best for name, times in self.times(rows, with_head=with_head).items()}
+
+    def times(self, rows: int, *, with_head: bool) -> dict[str, Times]:
+        """For all Linears over `rows` tokens, by implementation."""
         weights = [*self.layers, self.head] if with_head else self.layers
         inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1]) for weight in weights}
         result = {}
         for name, prepare in implementations().items():
             calls = [(prepare(weight), inputs[weight.shape[1]]) for weight in weights]
-            result[name] = _best_time(lambda calls=calls: [call(x) for call, x in calls])
+            result[name] = _times(lambda calls=calls: [call(x) for call, x in calls])
         return result
 
 
@@ -82,15 +100,18 @@ def measure_floor(
     prompt_tokens = sum(len(request.prompt) for request in requests)
     decode_tokens = sum(request.num_output - 1 for request in requests)
     head_flop = 2 * linears.head.numel() * len(requests)
-    step = linears.step_s(max(1, round(mean_batch)), with_head=True)
-    fastest = min(step.values())
+    step = linears.times(max(1, round(mean_batch)), with_head=True)
+    fastest = min(times.best for times in step.values())
+    typical = min(times.median for times in step.values())
     prompt_s = (prompt_tokens * linears.flop_per_token + head_flop) / gemm
     return Floor(
         duration_s=prompt_s + decode_tokens / mean_batch * fastest,
+        typical_s=prompt_s + decode_tokens / mean_batch * typical,
         gemm_flop_per_s=gemm,
         mean_batch=mean_batch,
         decode_step_s=fastest,
-        default_decode_step_s=step["linear"],
+        typical_decode_step_s=typical,
+        default_decode_step_s=step["linear"].best,
     )
 
 
@@ -105,7 +126,7 @@ def best_gemm_rate(linears: Linears) -> float:
     square = torch.randn(_SQUARE, _SQUARE)
     for prepare in implementations().values():
         call = prepare(torch.randn(_SQUARE, _SQUARE))
-        rates.append(2 * _SQUARE**3 / _best_time(lambda call=call: call(square)))
+        rates.append(2 * _SQUARE**3 / _times(lambda call=call: call(square)).best)
     return max(rates)
 
 
@@ -125,7 +146,7 @@ def cold_bytes_per_s() -> float:
     In huge pages, as the engine keeps its cache.
     """
     buffer = huge_pages.zeros((_COLD_BYTES // torch.float32.itemsize,), torch.float32)
-    return _COLD_BYTES / _best_time(lambda: torch.dot(buffer, buffer))
+    return _COLD_BYTES / _times(lambda: torch.dot(buffer, buffer)).best
 
 
 def _linear(weight: Tensor) -> Multiply:
@@ -156,14 +177,14 @@ def implementations() -> dict[str, Callable[[Tensor], Multiply]]:
     return found
 
 
-def _best_time(call: Callable[[], object]) -> float:
-    """The fastest of the calls that fit into a third of a second, after two to warm up."""
+def _times(call: Callable[[], object]) -> Times:
+    """Of the calls that fit into a third of a second, after two to warm up."""
     call()
     call()
-    best = float("inf")
+    found = []
     end = perf_counter() + _DURATION_S
-    while perf_counter() < end:
+    while not found or perf_counter() < end:
         started = perf_counter()
         call()
-        best = min(best, perf_counter() - started)
-    return best
+        found.append(perf_counter() - started)
+    return Times(min(found), median(found))
