@@ -264,6 +264,20 @@ def test_weights_with_other_bytes_are_refused_and_the_old_ones_serve(
     assert is_ready(url)
 
 
+def test_the_engine_ends_with_a_server_that_is_killed(
+    server: tuple[subprocess.Popen[bytes], str],
+) -> None:
+    # The last test of this server.
+    child, url = server
+    engine = engine_of(child)
+    body = {"prompt": [3], "max_tokens": 200, "ignore_eos": True, "n": 16, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as response:
+        next(response.iter_lines())
+        os.kill(child.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs([engine], timeout=20)
+    assert alive == []
+
+
 def test_a_server_whose_engine_dies_too_often_exits_with_1(
     llama_folder: Path, tmp_path: Path
 ) -> None:
@@ -305,17 +319,6 @@ def test_an_engine_that_fails_while_it_loads_is_not_said_to_be_killed(
     (line,) = [text for text in done.stderr.splitlines() if " ERROR " in text]
     assert line.endswith("while it loaded the model; see its log.")
     assert "SIGKILL" not in line
-
-
-def test_the_engine_ends_with_a_server_that_is_killed(llama_folder: Path, tmp_path: Path) -> None:
-    with served(tmp_path, "--model", str(llama_folder)) as (child, url):
-        engine = engine_of(child)
-        body = {"prompt": [3], "max_tokens": 200, "ignore_eos": True, "n": 16, "stream": True}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as response:
-            next(response.iter_lines())
-            os.kill(child.pid, signal.SIGKILL)
-        _, alive = psutil.wait_procs([engine], timeout=20)
-        assert alive == []
 
 
 def test_without_a_process_of_its_own_the_engine_serves_from_a_thread(

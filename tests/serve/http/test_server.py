@@ -11,8 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -333,10 +335,9 @@ def test_metrics_have_the_names_that_dashboards_read(url: str) -> None:
     assert metric(url, "peak_memory_bytes") > 1e7
 
 
-@pytest.fixture
-def serving_config(llama_folder: Path, tmp_path: Path) -> Path:
+def promote(llama_folder: Path, root: Path) -> Path:
     """A serving.yaml whose champion is a copy of the tiny model."""
-    folder = tmp_path / "variant"
+    folder = root / "variant"
     shutil.copytree(llama_folder, folder)
     champion = {
         "name": "bf16",
@@ -348,17 +349,73 @@ def serving_config(llama_folder: Path, tmp_path: Path) -> Path:
         "verdicts_sha256": "0" * 64,
         "promoted_at": "2026-11-24T00:00:00Z",
     }
-    config = tmp_path / "serve" / "serving.yaml"
+    config = root / "serve" / "serving.yaml"
     config.parent.mkdir()
     config.write_text(yaml.safe_dump({"model_name": "demo", "champion": champion}))
     return config
 
 
-def test_the_champion_is_served_and_a_termination_drains(
-    serving_config: Path, tmp_path: Path
-) -> None:
-    with server(tmp_path, "--config", str(serving_config)) as (child, url):
+class Collector(ThreadingHTTPServer):
+    """Takes spans, as a collector of OpenTelemetry does."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        super().__init__(("127.0.0.1", 0), Collecting)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Collecting(BaseHTTPRequestHandler):
+    server: Collector
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        packed = self.headers.get("content-encoding") == "gzip"
+        self.server.bodies.append(gzip.decompress(body) if packed else body)
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class Drained:
+    """What is left of a champion that was served until a termination."""
+
+    code: int
+    last: httpx.Response
+    """Asked before the termination, answered after it."""
+    spans: list[bytes]
+
+
+def can_send_spans() -> bool:
+    try:
+        import opentelemetry.exporter.otlp.proto.http.trace_exporter  # noqa: F401
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+
+
+@pytest.fixture(scope="module")
+def drained(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Drained:
+    """A traced request and one that is under way at the end; spans where they can be sent."""
+    work = tmp_path_factory.mktemp("drained")
+    options = ["--config", str(promote(llama_folder, work))]
+    collector = Collector()
+    if can_send_spans():
+        endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+        options += ["--otlp-traces-endpoint", endpoint]
+    with server(work, *options) as (child, url):
         wait_until_ready(url)
+        traced = httpx.post(
+            f"{url}/v1/completions",
+            json={"prompt": [5, 6, 7], "max_tokens": 3, "ignore_eos": True},
+            headers={"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"},
+            timeout=60,
+        )
+        assert traced.status_code == 200
         answers: list[httpx.Response] = []
         body = {"prompt": [3] * 20, "max_tokens": 230, "ignore_eos": True}
         asking = threading.Thread(target=lambda: answers.append(post(url, **body)))
@@ -367,8 +424,32 @@ def test_the_champion_is_served_and_a_termination_drains(
             time.sleep(0.005)
         child.send_signal(signal.SIGTERM)
         asking.join(timeout=30)
-        assert answers[0].json()["usage"]["completion_tokens"] == 230
-        assert child.wait(timeout=30) == 0
+        code = child.wait(timeout=30)
+    collector.shutdown()
+    collector.server_close()
+    return Drained(code, answers[0], collector.bodies)
+
+
+def test_the_champion_is_served_and_a_termination_drains(drained: Drained) -> None:
+    assert drained.last.json()["usage"]["completion_tokens"] == 230
+    assert drained.code == 0
+
+
+def test_spans_of_real_requests_reach_a_collector_also_those_left_at_the_end(
+    drained: Drained,
+) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp", reason="the extra otel is not installed")
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    names: dict[str, list[str]] = defaultdict(list)
+    for body in drained.spans:
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            for scope in resource.scope_spans:
+                for span in scope.spans:
+                    names[span.trace_id.hex()].append(span.name)
+    expected = ["decode", "prefill", "queue", "text_completion tiny"]
+    assert sorted(names.pop(TRACE)) == expected
+    assert [sorted(others) for others in names.values()] == [expected]
 
 
 def test_a_drain_has_a_bound(llama_folder: Path, tmp_path: Path) -> None:
@@ -393,8 +474,9 @@ def _ignore_loss(url: str, body: dict[str, Any]) -> None:
 
 
 def test_a_champion_with_other_bytes_is_refused(
-    serving_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    serving_config = promote(llama_folder, tmp_path)
     weights = tmp_path / "variant" / "model.safetensors"
     flipped = bytearray(weights.read_bytes())
     flipped[-1] ^= 1
@@ -471,50 +553,3 @@ def test_spans_cannot_be_asked_for_without_their_packages(
     options = ["--model", str(llama_folder), "--port", "0", "--device", "cpu"]
     assert main([*options, "--otlp-traces-endpoint", collector]) == 2
     assert "pip install 'quantgate[otel]'" in capsys.readouterr().err
-
-
-def test_spans_of_a_real_request_reach_a_collector(llama_folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("opentelemetry.exporter.otlp", reason="the extra otel is not installed")
-    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-
-    bodies: list[bytes] = []
-
-    class Collector(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            packed = self.headers.get("content-encoding") == "gzip"
-            bodies.append(gzip.decompress(body) if packed else body)
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None: ...
-
-    collector = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
-    threading.Thread(target=collector.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
-    options = ("--model", str(llama_folder), "--otlp-traces-endpoint", endpoint)
-    with server(tmp_path, *options) as (child, found):
-        wait_until_ready(found)
-        trace = "0af7651916cd43dd8448eb211c80319c"
-        answer = httpx.post(
-            f"{found}/v1/completions",
-            json={"prompt": [5, 6, 7], "max_tokens": 3, "ignore_eos": True},
-            headers={"traceparent": f"00-{trace}-b7ad6b7169203331-01"},
-            timeout=60,
-        )
-        assert answer.status_code == 200
-        child.terminate()  # what is left is sent before the end
-        assert child.wait(timeout=30) == 0
-    collector.shutdown()
-    collector.server_close()
-    spans = [
-        span
-        for body in bodies
-        for resource in ExportTraceServiceRequest.FromString(body).resource_spans
-        for scope in resource.scope_spans
-        for span in scope.spans
-    ]
-    assert sorted(span.name for span in spans) == [
-        "decode", "prefill", "queue", "text_completion tiny",
-    ]  # fmt: skip
-    assert {span.trace_id.hex() for span in spans} == {trace}

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from quantgate_serve.__main__ import main
-from quantgate_serve.keys import KeysFile, add_key, revoke_key, write_keys
+from quantgate_serve.keys import KeysFile, add_key, read_keys, revoke_key, write_keys
 
 Serve = Callable[..., AbstractContextManager[str]]
 
@@ -25,6 +25,7 @@ class Guarded:
     """A server with keys."""
 
     url: str
+    path: Path
     acme: str
     bulk: str
     operator: str
@@ -43,7 +44,7 @@ def guarded(serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     file, operator = add_key(file, "ops", operator=True)
     write_keys(file, path)
     with serve("--api-keys", str(path)) as url:
-        yield Guarded(url, acme, bulk, operator)
+        yield Guarded(url, path, acme, bulk, operator)
 
 
 def test_a_known_key_is_let_in(guarded: Guarded) -> None:
@@ -106,27 +107,29 @@ def test_a_keys_file_that_is_missing_is_refused(
     assert "cannot be read" in capsys.readouterr().err
 
 
-def test_a_server_reads_its_keys_again_on_sighup(serve: Serve, tmp_path: Path) -> None:
-    path = tmp_path / "keys.yaml"
-    file, old = add_key(KeysFile(), "acme")
-    write_keys(file, path)
+def test_a_server_reads_its_keys_again_on_sighup(guarded: Guarded) -> None:
+    (server,) = (one for one in psutil.Process().children() if str(guarded.path) in one.cmdline())
+    before = read_keys(guarded.path)
 
-    def status(url: str, key: str) -> int:
+    def status(key: str) -> int:
         headers = {"authorization": f"Bearer {key}"}
-        return httpx.get(f"{url}/v1/models", headers=headers).status_code
+        return httpx.get(f"{guarded.url}/v1/models", headers=headers).status_code
 
-    with serve("--api-keys", str(path)) as url:
-        (server,) = (one for one in psutil.Process().children() if str(path) in one.cmdline())
-        assert status(url, old) == 200
-        file, new = add_key(revoke_key(file, old.split("_")[1]), "acme")
-        write_keys(file, path)
+    def replace(file: KeysFile, *, known: str) -> None:
+        write_keys(file, guarded.path)
         os.kill(server.pid, signal.SIGHUP)
         deadline = time.monotonic() + 10
-        while status(url, new) != 200:
+        while status(known) != 200:
             assert time.monotonic() < deadline, "the new key was not read"
             time.sleep(0.02)
-        assert status(url, old) == 401
-        path.write_text("tenants: [")
-        os.kill(server.pid, signal.SIGHUP)
-        time.sleep(0.5)
-        assert status(url, new) == 200
+
+    file, old = add_key(before, "late")
+    replace(file, known=old)
+    file, new = add_key(revoke_key(file, old.split("_")[1]), "late")
+    replace(file, known=new)
+    assert status(old) == 401
+    guarded.path.write_text("tenants: [")
+    os.kill(server.pid, signal.SIGHUP)
+    time.sleep(0.5)
+    assert status(new) == 200
+    replace(before, known=guarded.acme)
