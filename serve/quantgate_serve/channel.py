@@ -17,7 +17,7 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any, Self
 
@@ -161,6 +161,8 @@ class StepReport:
     ended: list[Ended]
     # Nothing is left to compute: what was counted follows at once.
     counts_follow: bool
+    # By request, of its prompt, with the first of its tokens, where they were asked for.
+    prompt_logprobs: dict[int, list[Logprob]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -253,13 +255,14 @@ def _report_values(report: StepReport) -> tuple[Any, ...]:
     return (
         *(report.started, report.ids, report.tokens, report.logprobs, ended),
         report.counts_follow,
+        report.prompt_logprobs,
     )
 
 
 def _report_of(values: Sequence[Any]) -> StepReport:
-    started, ids, tokens, logprobs, ended, counts_follow = values
+    started, ids, tokens, logprobs, ended, *rest = values
     ends = [Ended(*one) for one in ended]
-    return StepReport(started, ids, tokens, logprobs, ends, counts_follow)
+    return StepReport(started, ids, tokens, logprobs, ends, *rest)
 
 
 # How a frame of each kind is read: kinds 1 and 2 hold a message's values instead of a message.

@@ -195,6 +195,8 @@ class EngineHost:
             counts_follow=not self._engine.has_work,
         )
         for request in step.grown:
+            if request.params.prompt_logprobs and request.id not in self._told:
+                report.prompt_logprobs[request.id] = plain_logprobs(request.prompt_logprobs)
             if request.params.wants_logprobs:
                 tokens, report.logprobs[request.id] = self._news(request)
             else:
@@ -204,11 +206,12 @@ class EngineHost:
                 report.ids.append(request.id)
                 report.tokens.append(token)
         for request in ended:
+            of_prompt = [] if request.id in self._told else request.prompt_logprobs
             report.ended.append(
                 Ended(
                     request.id,
                     *self._news(request),
-                    plain_logprobs(request.prompt_logprobs),
+                    plain_logprobs(of_prompt),
                     progress(request),
                 )
             )

@@ -8,7 +8,7 @@ from time import perf_counter_ns
 
 from quantgate_serve import transcript
 from quantgate_serve.admission import Admission, AdmissionLimits, QueueFullError
-from quantgate_serve.channel import Abort, Counts, StepReport
+from quantgate_serve.channel import Abort, Counts, StepReport, token_logprobs
 from quantgate_serve.engine_child import EngineChild
 from quantgate_serve.metrics import FrontMetrics
 from quantgate_serve.request import FinishReason, Request, RequestError, RequestState
@@ -84,6 +84,8 @@ class Ledger:
             request.first_token_ns = request.first_token_ns or now
             request.last_token_ns = now
             started_ns = perf_counter_ns()
+            if report.prompt_logprobs:
+                request.prompt_logprobs += token_logprobs(report.prompt_logprobs.pop(id, ()))
             is_stopped = transcript.grow(request, [token], logprobs[:1])
             self._note_detokenized(request, started_ns)
             if is_stopped:

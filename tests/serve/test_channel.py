@@ -47,6 +47,7 @@ def some_messages() -> list[Message]:
         Submit([asked(request)], starts_at_once=True),
         Abort([request.id], FinishReason.STOP),
         StepReport([1], [1], [9], {1: [(9, -0.5, ((9, -0.5),), ())]}, [], counts_follow=True),
+        StepReport([1], [1], [9], {}, [], False, {1: [(6, -0.25, (), ())]}),
         Counts.of(EngineMetrics(generation_tokens=7)),
     ]
 

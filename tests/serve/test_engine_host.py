@@ -98,6 +98,22 @@ def test_of_every_other_request_the_start_is_told(
     assert [report.started for report in heard_of(make_engine(), mail)] == [[second.id], []]
 
 
+@pytest.mark.parametrize("max_tokens", [1, 3])
+def test_a_prompts_log_probabilities_are_told_once_with_its_first_token(
+    make_engine: MakeEngine, make_request: MakeRequest, max_tokens: int
+) -> None:
+    request = make_request([5, 6, 7], max_tokens=max_tokens, prompt_logprobs=True, num_logprobs=0)
+    request.is_streaming = True
+    reports = heard_of(make_engine(), [Submit([asked(request)])])
+    told = [
+        [*report.prompt_logprobs.values(), *(ended.prompt_logprobs for ended in report.ended)]
+        for report in reports
+    ]
+    (first,), *others = told
+    assert [token for token, *_ in first] == [6, 7]
+    assert [found for one in others for found in one if found] == []
+
+
 def test_an_abort_before_the_first_step_leaves_nothing_behind(
     make_engine: MakeEngine, make_request: MakeRequest
 ) -> None:

@@ -168,10 +168,12 @@ def completion_logprobs(
     echo: bool,
     names_ids: bool,
     end: int | None = None,
+    offset: int = 0,
 ) -> Json | None:
     """`logprobs` of output tokens `start` to `end`, after the prompt's when `echo`.
 
-    `names_ids` names tokens by their ids, as vLLM's return_tokens_as_token_ids does.
+    `names_ids` names tokens by their ids, as vLLM's return_tokens_as_token_ids does. `offset` is
+    the length of the names before, from which `text_offset` goes on.
     """
     name = _name_of_id if names_ids else vocabulary.token_text
     params = request.params
@@ -192,10 +194,10 @@ def completion_logprobs(
             tokens.append(name(entry.token_id))
             values.append(entry.logprob)
             top.append(_top_by_name(entry, name))
-        offsets, length = [], 0
+        offsets = []
         for text in tokens:
-            offsets.append(length)
-            length += len(text)
+            offsets.append(offset)
+            offset += len(text)
         result = {
             "tokens": tokens,
             "token_logprobs": values,

@@ -42,6 +42,8 @@ class CompletionForm:
         self.envelope = responses.Envelope.new(
             prefix="cmpl", kind="text_completion", model_name=model_name
         )
+        # Where the next token's name begins in all of a choice's, by choice.
+        self._offsets: dict[int, int] = {}
 
     def first(self, index: int, request: Request) -> responses.Json | None:
         if not self._body.echo:
@@ -51,17 +53,21 @@ class CompletionForm:
 
     def chunk(self, index: int, delta: Delta, start: int) -> responses.Json:
         request = delta.request
+        logprobs = responses.completion_logprobs(
+            request,
+            self._vocabulary,
+            start=start,
+            end=delta.num_output,
+            echo=self._body.echo,
+            names_ids=self._body.return_tokens_as_token_ids,
+            offset=self._offsets.get(index, 0) if start else 0,
+        )
+        if logprobs and logprobs.get("tokens"):
+            self._offsets[index] = logprobs["text_offset"][-1] + len(logprobs["tokens"][-1])
         choice: responses.Json = {
             "index": index,
             "text": delta.text,
-            "logprobs": responses.completion_logprobs(
-                request,
-                self._vocabulary,
-                start=start,
-                end=delta.num_output,
-                echo=self._body.echo,
-                names_ids=self._body.return_tokens_as_token_ids,
-            ),
+            "logprobs": logprobs,
             "finish_reason": responses.finish_reason(request) if delta.is_last else None,
             "stop_reason": responses.stop_reason(request) if delta.is_last else None,
         }

@@ -207,6 +207,21 @@ def test_a_stream_adds_up_to_the_whole(client: openai.OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens == 20
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1, 4])
+@pytest.mark.parametrize("echo", [False, True])
+def test_the_log_probabilities_of_a_stream_add_up_to_the_whole(
+    url: str, echo: bool, max_tokens: int
+) -> None:
+    body = {"prompt": PROMPT, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    asked = {**body, "echo": echo, "logprobs": 2, "logprob_token_ids": [4]}
+    whole = post(url, **asked).json()["choices"][0]["logprobs"]
+    with httpx.stream("POST", f"{url}/v1/completions", json={**asked, "stream": True}) as answer:
+        data = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    parts = [json.loads(one)["choices"][0]["logprobs"] for one in data if one != "[DONE]"]
+    for name, values in whole.items():
+        assert [value for part in parts if part for value in part[name]] == values, name
+
+
 def test_chat_answers_and_streams(client: openai.OpenAI) -> None:
     messages: Any = [{"role": "user", "content": "3 nuts"}]
 
