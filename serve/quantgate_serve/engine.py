@@ -171,12 +171,24 @@ class Engine:
                         request.token_ids.append(result.token_id)
                         if request.num_output >= request.params.max_tokens:
                             self._scheduler.finish(request, FinishReason.LENGTH)
-        if self._scheduler.prefix_cache is not None:
-            self._scheduler.prefix_cache.clear()
-        self._scheduler.window_waits.clear()
-        self._meter.forget()
+        self._forget()
         self.update_gauges()
         self.is_warm = True
+
+    def _forget(self) -> None:
+        """What the warm-up left and counted: no client asked for it."""
+        scheduler, runner = self._scheduler, self._runner
+        if scheduler.prefix_cache is not None:
+            scheduler.prefix_cache.clear()
+            scheduler.prefix_cache.queried_tokens = scheduler.prefix_cache.hit_tokens = 0
+        scheduler.window_waits.clear()
+        scheduler.num_preemptions = 0
+        runner.padded_pages = runner.used_pages = 0
+        if self.metrics.graph_hits is not None:
+            self.metrics.graph_hits = 0
+        if self.metrics.graph_misses is not None:
+            self.metrics.graph_misses.clear()
+        self._meter.forget()
 
     def _schedule(self) -> list[Chunk]:
         self._expire()

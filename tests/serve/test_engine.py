@@ -1,5 +1,6 @@
 """The engine as a whole: the right tokens, whoever shares the batch, whatever fails."""
 
+import copy
 import gc
 import random
 import resource
@@ -510,9 +511,15 @@ def test_the_books_are_checked_at_rest_when_asked_to(
             engine.rest()
 
 
-def test_warm_up_leaves_nothing_behind(make_engine: MakeEngine) -> None:
-    engine = make_engine()
+@pytest.mark.parametrize("kv_tokens", [4096, 64])
+def test_warm_up_leaves_nothing_behind_and_counts_nothing(
+    make_engine: MakeEngine, kv_tokens: int
+) -> None:
+    """Also where it finds its own prefixes, and where its requests take each other's pages."""
+    engine = make_engine(kv_tokens=kv_tokens)
+    before = copy.deepcopy(engine.metrics)
     engine.warm_up()
     assert engine.is_warm
     assert engine._scheduler.pool.num_used == 0
-    assert engine.metrics.generation_tokens == 0
+    before.now = engine.metrics.now
+    assert engine.metrics == before
