@@ -27,6 +27,7 @@ from quantgate_serve.config import (
     champion_folder,
     read_serving_config,
     settings_of,
+    url_of,
     verify_files,
 )
 from quantgate_serve.imports import without
@@ -177,7 +178,7 @@ async def _serve(
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
                 await super().startup(sockets)
                 port = listener.getsockname()[1]
-                url = f"http://{settings.host}:{port}"
+                url = url_of(settings.host, port)
                 logging.info("serving %s at %s", settings.model_name, url)
                 if settings.ready_file is not None:
                     _write_whole(settings.ready_file, json.dumps({"url": url, "pid": os.getpid()}))

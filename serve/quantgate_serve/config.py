@@ -19,7 +19,7 @@ class ConfigError(Exception):
 class ServerSettings(BaseModel):
     """One server process: what it loads, where it listens, how much it takes on."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: Path
     # The champion's, where serving.yaml says what to serve.
@@ -129,6 +129,11 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def url_of(host: str, port: int) -> str:
+    """Where a server listens, for clients."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def settings_of(options: dict[str, Any]) -> ServerSettings:

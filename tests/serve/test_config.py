@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from quantgate_serve.config import (
     read_serving_config,
     settings_of,
     sha256_of,
+    url_of,
     verify_files,
 )
 
@@ -131,3 +133,18 @@ def test_a_refused_option_is_one_line_with_its_name_and_value(
     with pytest.raises(ConfigError, match=message) as caught:
         settings_of({"model": Path("model")} | option)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "option", ["aging_s", "drain_timeout_s", "response_cache_mib", "engine_timeout_s"]
+)
+def test_a_bound_that_is_no_number_is_refused_by_its_name(option: str) -> None:
+    for value in ("inf", "nan"):
+        with pytest.raises(ConfigError, match=f"--{option.replace('_', '-')} {value}: "):
+            settings_of({"model": Path("model"), option: float(value)})
+
+
+def test_the_address_of_a_server_is_a_url_also_with_ipv6() -> None:
+    assert url_of("127.0.0.1", 8000) == "http://127.0.0.1:8000"
+    assert urlsplit(url_of("::1", 8000)).hostname == "::1"
+    assert urlsplit(url_of("::1", 8000)).port == 8000
