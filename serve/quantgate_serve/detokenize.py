@@ -3,6 +3,10 @@
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"
+# Tokens that may wait for their text. A character has four bytes at most, and each token is decoded
+# with all that wait: a model that goes on with end tokens or broken bytes would take longer for
+# each, and hold up everybody's text.
+_MAX_PENDING = 16
 Decode = Callable[[list[int]], str]
 
 
@@ -39,10 +43,10 @@ class TextStream:
         before = self._decode(self._ids[self._prefix : self._read])
         after = self._decode(self._ids[self._prefix :])
         if after.endswith(REPLACEMENT) or len(after) <= len(before):
+            if len(self._ids) - self._read > _MAX_PENDING:
+                self._wait_no_longer(before, after)
             return
-        self._grow(after[len(before) :])
-        self._prefix = self._read
-        self._read = len(self._ids)
+        self._advance(after[len(before) :], len(self._ids))
 
     def finish(self) -> None:
         """No token will follow: what was held back as an incomplete character is text now."""
@@ -59,6 +63,21 @@ class TextStream:
         start = self._num_emitted
         self._num_emitted = max(end, start)
         return self._text[start:end]
+
+    def _wait_no_longer(self, before: str, after: str) -> None:
+        """Too many tokens wait: leave out those without text, and take what is certain."""
+        # Special tokens have no text whatever follows.
+        self._ids[self._read :] = [one for one in self._ids[self._read :] if self._decode([one])]
+        end = len(self._ids) - 1
+        certain = self._decode(self._ids[self._prefix : end])
+        # Bytes that are no characters: with one more of them, those before stay what they are.
+        if end - self._read >= _MAX_PENDING and len(certain) < len(after):
+            self._advance(certain[len(before) :], end)
+
+    def _advance(self, addition: str, end: int) -> None:
+        """The text of the tokens before `end` is certain."""
+        self._grow(addition)
+        self._prefix, self._read = self._read, end
 
     def _grow(self, addition: str) -> None:
         searched_from = max(0, len(self._text) - self._longest_stop + 1)

@@ -76,3 +76,31 @@ def test_streamed_parts_add_up_to_the_decoded_whole(tokenizer: Any) -> None:
         parts.append(stream.take(final=True))
         assert "".join(parts) == vocabulary.decode(ids) == text
         assert all("\ufffd" not in part for part in parts)
+
+
+def test_broken_bytes_and_end_tokens_without_end_are_decoded_a_few_at_a_time(
+    tokenizer: Any,
+) -> None:
+    vocabulary = Vocabulary(tokenizer)
+    source = random.Random(5)
+    broken = [token for token in range(len(tokenizer)) if vocabulary.token_text(token) == "\ufffd"]
+    endings = [tokenizer.eos_token_id]
+    words = vocabulary.encode(" naïve € today", add_special_tokens=False)
+    for kinds in [(broken,), (endings,), (broken[:1], endings), (broken, endings, words)]:
+        ids = [source.choice(source.choice(kinds)) for _ in range(200)] + words
+        longest = 0
+
+        def decode(tokens: list[int]) -> str:
+            nonlocal longest
+            longest = max(longest, len(tokens))
+            return vocabulary.decode(tokens)
+
+        stream = TextStream(decode)
+        parts = []
+        for token in ids:
+            stream.push(token)
+            parts.append(stream.take(final=False))
+        stream.finish()
+        parts.append(stream.take(final=True))
+        assert "".join(parts) == vocabulary.decode(ids)
+        assert longest < 80
