@@ -31,9 +31,17 @@ def end(request: Request, ended: Ended) -> None:
     """Take over the engine's account of the end, unless a stop string came before it."""
     request.prompt_logprobs += token_logprobs(ended.prompt_logprobs)
     set_progress(request, ended.progress)
-    if grow(request, ended.tokens, ended.logprobs):
+    if grow(request, ended.tokens, ended.logprobs) or _stops_at_the_end(request):
         request.finish_reason = FinishReason.STOP
         request.ended_by_eos = False
+
+
+def _stops_at_the_end(request: Request) -> bool:
+    """Whether what was held back as half a character holds a stop string."""
+    if request.text is None or request.error is not None:
+        return False
+    request.text.finish()
+    return request.text.is_stopped
 
 
 def tell(request: Request) -> None:
