@@ -22,7 +22,6 @@ from quantgate.errors import ArtifactError, QuantgateError, UsageError
 from quantgate.files import sha256_of_bytes, sha256_of_json, write_bytes
 from quantgate.measure import Latencies, percentile
 from quantgate.measurements_file import MeasurementSet, read_measurements
-from quantgate.policy import load_policy
 from quantgate.release_folder import RECORDED, ReleaseFolder, timestamp
 from quantgate.variants.manifest import VariantManifest, digest_files, read_manifest, verify
 from quantgate.verdict import judge_release
@@ -65,7 +64,7 @@ def promote(
     Raises:
         PromotionRefused: not approved, not recorded, or the verdicts do not follow from the
             measurements.
-        ArtifactError: the variant's bytes changed since they were judged.
+        ArtifactError: the variant's bytes changed since they were judged, or the policy's.
     """
     state = release.read_state()
     verdicts = _checked_verdicts(release)
@@ -78,10 +77,12 @@ def promote(
     if not decision.approved:
         reasons = "\n  ".join(decision.reasons)
         raise PromotionRefused(f"{variant} is not approved by {release.release_id}:\n  {reasons}")
-    if state.get("stage") != RECORDED:
+    digest = verdicts_sha256(verdicts)
+    recorded = state.get("record", {}).get("verdicts_sha256")
+    if state.get("stage") != RECORDED or recorded != digest:
         raise PromotionRefused(
-            f"{release.release_id} is not in MLflow yet, and a verdict is recorded before it is "
-            f"acted on. Write: quantgate record {release.path}"
+            f"{release.release_id}: its verdicts are not in MLflow yet, and a verdict is recorded "
+            f"before it is acted on. Write: quantgate record {release.path}"
         )
     folder = release.runs.resolve().parent / state["variants"][variant]["folder"]
     manifest = _judged_bytes(folder, verdicts.artifacts[variant], scheme_of(state, variant))
@@ -92,7 +93,7 @@ def promote(
         artifact_sha256=manifest.artifact_sha256,
         files=dict(manifest.files),
         release=release.release_id,
-        verdicts_sha256=verdicts_sha256(verdicts),
+        verdicts_sha256=digest,
         promoted_at=timestamp(),
         slo=_baselines(read_measurements(release.measurements), variant),
     )
@@ -173,8 +174,8 @@ def scheme_of(state: Mapping[str, Any], variant: str) -> str:
 def _checked_verdicts(release: ReleaseFolder) -> ReleaseVerdicts:
     """The stored verdicts, after judging the stored measurements again: both must agree."""
     stored = read_verdicts(release.verdicts)
-    policy = load_policy(release.policy)
     measurements = read_measurements(release.measurements)
+    policy = release.own_policy(measurements)
     names = [decision.variant for decision in stored.decisions]
     again = collect_verdicts(
         policy, measurements, judge_release(policy, measurements, variants=names)
@@ -182,7 +183,7 @@ def _checked_verdicts(release: ReleaseFolder) -> ReleaseVerdicts:
     if verdicts_sha256(again) != verdicts_sha256(stored):
         raise PromotionRefused(
             f"{release.verdicts}: does not follow from the measurements and the policy beside it. "
-            f"One of the three was changed; judge again: quantgate judge {release.path}"
+            f"It or the measurements were changed; judge again: quantgate judge {release.path}"
         )
     return stored
 

@@ -57,6 +57,8 @@ def record_release(release: ReleaseFolder, *, tracking_uri: str | None = None) -
             "tracking_uri": recorded.tracking_uri,
             "experiment_id": recorded.experiment_id,
             "run_id": recorded.run_id,
+            # Judged again, they may be others, which nobody recorded.
+            "verdicts_sha256": verdicts_sha256(verdicts),
         },
     )
     return recorded

@@ -26,7 +26,7 @@ from quantgate.measurements_file import (
     write_measurements,
 )
 from quantgate.plan import Plan, ReleaseRequest, make_plan
-from quantgate.policy import Policy, load_policy, required_gates
+from quantgate.policy import Policy, required_gates
 from quantgate.preflight import check_variants
 from quantgate.progress import Progress
 from quantgate.quality.evidence import measure_evidence
@@ -178,9 +178,12 @@ def judge_stored(
         policy: another policy than the one measured for; verdicts.json is then left as it is, since
             promotion follows the release's own policy.
         variants: None for those the release was asked to judge.
+
+    Raises:
+        ArtifactError: the measurements cannot be read, or the release's own policy was edited.
     """
-    own = load_policy(release.policy)
     measurements = read_measurements(release.measurements)
+    own = release.own_policy(measurements)
     names = tuple(variants or release.read_state().get("judged_variants") or own.variants)
     decisions = judge_release(policy or own, measurements, variants=names)
     verdicts = collect_verdicts(policy or own, measurements, decisions)

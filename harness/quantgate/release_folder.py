@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantgate.errors import UsageError
+from quantgate.errors import ArtifactError, UsageError
 from quantgate.files import read_json, write_bytes, write_json
-from quantgate.policy import Policy
+from quantgate.measurements_file import MeasurementSet
+from quantgate.policy import Policy, load_policy
 
 RELEASE_NAME = "release.json"
 SCHEMA_VERSION = 1
@@ -85,6 +86,22 @@ class ReleaseFolder:
         if not isinstance(state, dict) or state.get("schema_version") != SCHEMA_VERSION:
             raise UsageError(f"{path}: expected schema_version {SCHEMA_VERSION}.")
         return state
+
+    def own_policy(self, measurements: MeasurementSet) -> Policy:
+        """The policy that was measured for, as it was read then.
+
+        Raises:
+            SpecError: it is no policy any more.
+            ArtifactError: it was edited since.
+        """
+        policy = load_policy(self.policy)
+        if policy.sha256 != measurements.policy_sha256:
+            raise ArtifactError(
+                f"{self.policy}: not the policy that was measured for: it was edited since. "
+                "Restore it. To see what another policy would say, write: "
+                f"quantgate judge {self.path} --policy FILE"
+            )
+        return policy
 
     def update_state(self, **changes: Any) -> None:
         write_json(self.path / RELEASE_NAME, self.read_state() | changes)

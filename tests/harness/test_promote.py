@@ -18,6 +18,8 @@ from quantgate.promote import (
     read_audit,
     rollback,
 )
+from quantgate.record import record_release
+from quantgate.release import judge_stored
 from quantgate.release_folder import JUDGED, ReleaseFolder, releases
 from quantgate_serve.config import ConfigError, read_serving_config
 
@@ -117,8 +119,24 @@ def test_a_policy_loosened_after_judging_is_refused(
 ) -> None:
     text = release.policy.read_text(encoding="utf-8").replace("max: 0.0005 nats", "max: 9 nats")
     release.policy.write_text(text, encoding="utf-8")
-    with pytest.raises(PromotionRefused, match="does not follow from the measurements"):
+    with pytest.raises(ArtifactError, match=r"policy\.yaml: not the policy that was measured for"):
         promote(release, REFUSED, serving_config=release_copy.serving_config)
+
+
+def test_verdicts_that_were_judged_again_and_not_recorded_are_refused(
+    release: ReleaseFolder, release_copy: MiniProject
+) -> None:
+    stored = json.loads(release.measurements.read_text(encoding="utf-8"))
+    measured = stored["variants"][REFUSED]["measurements"]
+    at = next(i for i, m in enumerate(measured) if m["metric"] == "quality/kl_nats.mean")
+    source = stored["variants"][APPROVED]["measurements"]
+    measured[at] = next(m for m in source if m["metric"] == "quality/kl_nats.mean")
+    write_json(release.measurements, stored)
+    judge_stored(release)
+    with pytest.raises(PromotionRefused, match="its verdicts are not in MLflow yet"):
+        promote(release, REFUSED, serving_config=release_copy.serving_config)
+    record_release(release)
+    promote(release, REFUSED, serving_config=release_copy.serving_config)
 
 
 def test_promoting_the_champion_again_is_refused(

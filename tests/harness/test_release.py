@@ -130,6 +130,18 @@ def test_judging_again_gives_the_same_verdicts(release_copy: MiniProject) -> Non
     assert release.verdicts.read_bytes() == before
 
 
+def test_a_policy_that_was_edited_in_the_release_folder_judges_nothing(
+    release_copy: MiniProject,
+) -> None:
+    release = newest(release_copy)
+    before = release.verdicts.read_bytes()
+    text = release.policy.read_text(encoding="utf-8").replace("max: 0.0005 nats", "max: 9 nats")
+    release.policy.write_text(text, encoding="utf-8")
+    with pytest.raises(ArtifactError, match=r"not the policy that was measured for.*--policy FILE"):
+        judge_stored(release)
+    assert release.verdicts.read_bytes() == before
+
+
 def test_a_release_cut_short_goes_on_where_it_stopped(release_copy: MiniProject) -> None:
     release = newest(release_copy)
     release.update_state(stage=MEASURING)
