@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -220,12 +220,13 @@ def _print_verdicts(result: ReleaseResult, *, as_json: bool) -> None:
     from quantgate.report.divergence import divergence_table
     from quantgate.report.table import release_report
     from quantgate.verdict import exit_code
+    from quantgate.verdicts_file import verdicts_json
 
     code = exit_code(outcome for decision in result.decisions for outcome in decision.outcomes)
     run = result.folder.path
     shown = os.path.relpath(run) if run.is_absolute() else str(run)
     if as_json:
-        value: dict[str, Any] = json.loads(result.folder.verdicts.read_text(encoding="utf-8"))
+        value = verdicts_json(result.verdicts)
         typer.echo(json.dumps(value | {"release": shown, "exit_code": code}, indent=2))
     else:
         divergence = divergence_table(read_measurements(result.folder.measurements))

@@ -177,14 +177,23 @@ def judge_stored(
     Args:
         policy: another policy than the one measured for; verdicts.json is then left as it is, since
             promotion follows the release's own policy.
-        variants: None for those the release was asked to judge.
+        variants: None for those the release was asked to judge; of another policy, those of them
+            that it has.
 
     Raises:
+        UsageError: the other policy has none of them.
         ArtifactError: the measurements cannot be read, or the release's own policy was edited.
     """
     measurements = read_measurements(release.measurements)
     own = release.own_policy(measurements)
     names = tuple(variants or release.read_state().get("judged_variants") or own.variants)
+    if policy is not None:
+        asked, names = names, tuple(name for name in names if name in policy.variants)
+        if not names:
+            raise UsageError(
+                f"{policy.path}: judges {', '.join(policy.variants)}; the release measured "
+                f"{', '.join(asked)}."
+            )
     decisions = judge_release(policy or own, measurements, variants=names)
     verdicts = collect_verdicts(policy or own, measurements, decisions)
     if policy is None and variants is None:

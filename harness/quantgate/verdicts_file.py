@@ -81,9 +81,14 @@ def verdicts_sha256(verdicts: ReleaseVerdicts) -> str:
 
 def write_verdicts(path: Path, verdicts: ReleaseVerdicts) -> str:
     """Replace `path` as a whole; returns `verdicts_sha256`."""
-    digest = verdicts_sha256(verdicts)
-    write_json(path, {**_content(verdicts), "sha256": digest})
-    return digest
+    value = verdicts_json(verdicts)
+    write_json(path, value)
+    return str(value["sha256"])
+
+
+def verdicts_json(verdicts: ReleaseVerdicts) -> JsonObject:
+    """What the file holds."""
+    return {**_content(verdicts), "sha256": verdicts_sha256(verdicts)}
 
 
 def read_verdicts(path: Path) -> ReleaseVerdicts:
@@ -105,7 +110,7 @@ def read_verdicts(path: Path) -> ReleaseVerdicts:
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise VerdictsFileError(f"{path}: {where}: {first['msg']}") from error
     verdicts = stored.to_verdicts()
-    if {**_content(verdicts), "sha256": verdicts_sha256(verdicts)} != json.loads(text):
+    if verdicts_json(verdicts) != json.loads(text):
         raise VerdictsFileError(
             f"{path}: its digest or its decisions do not follow from its verdicts; "
             "it was edited or damaged: judge the release again"
@@ -114,7 +119,7 @@ def read_verdicts(path: Path) -> ReleaseVerdicts:
 
 
 class _StoredDecision(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     artifact_sha256: str | None
     approved: bool

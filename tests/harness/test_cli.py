@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from quantgate.files import sha256_of_file
 from quantgate.release_folder import MEASURING, ReleaseFolder, releases
 
 if TYPE_CHECKING:
@@ -65,6 +66,40 @@ def test_json_is_one_document_on_stdout(release_copy: MiniProject, run: str) -> 
     value = json.loads(done.stdout)
     assert value["exit_code"] == done.returncode == 1
     assert value["variants"]["bf16"]["approved"] is True
+
+
+def test_json_of_another_policy_is_what_that_policy_says(
+    release_copy: MiniProject, run: str
+) -> None:
+    other = release_copy.root / "other.yaml"
+    text = release_copy.policy.read_text(encoding="utf-8")
+    other.write_text(text.replace("max: 0.0005 nats", "max: 9 nats"), encoding="utf-8")
+    stored = (release_copy.root / run / "verdicts.json").read_bytes()
+    done = quantgate("judge", run, "--policy", "other.yaml", "--json", cwd=release_copy.root)
+    value = json.loads(done.stdout)
+    assert value["exit_code"] == done.returncode == 0
+    assert value["variants"]["int4-nf4"]["approved"] is True
+    assert value["policy_sha256"] == sha256_of_file(other)
+    assert (release_copy.root / run / "verdicts.json").read_bytes() == stored
+
+
+def test_another_policy_judges_the_variants_that_it_has(
+    release_copy: MiniProject, run: str
+) -> None:
+    other = release_copy.root / "other.yaml"
+    text = release_copy.policy.read_text(encoding="utf-8")
+    other.write_text(text.replace("int4-nf4: {scheme", "four-bits: {scheme"), encoding="utf-8")
+    done = quantgate("judge", run, "--policy", "other.yaml", "--json", cwd=release_copy.root)
+    assert json.loads(done.stdout)["variants"].keys() == {"bf16"}
+    other.write_text(
+        text.replace("int4-nf4: {scheme", "four-bits: {scheme")
+        .replace("bf16: {scheme", "cast: {scheme")
+        .replace("champion: bf16", "champion: cast"),
+        encoding="utf-8",
+    )
+    done = quantgate("judge", run, "--policy", "other.yaml", cwd=release_copy.root)
+    assert done.returncode == 2
+    assert "judges cast, four-bits; the release measured bf16, int4-nf4." in done.stderr
 
 
 def test_audit_judges_the_audit_gates_and_names_the_reports(release_copy: MiniProject) -> None:

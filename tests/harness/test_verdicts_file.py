@@ -124,6 +124,10 @@ def test_an_edited_file_is_refused(verdicts: ReleaseVerdicts, tmp_path: Path, ed
             lambda c: c["variants"]["bf16"]["verdicts"][0].update(outcome="MAYBE"),
             "variants.bf16.verdicts.0.outcome",
         ),
+        (
+            lambda c: c["variants"]["bf16"]["verdicts"][0].update(estimate=float("nan")),
+            "variants.bf16.verdicts.0.estimate",
+        ),
     ],
 )
 def test_another_schema_is_refused_by_field(
