@@ -34,6 +34,7 @@ _GATE_VALUES = {
     Outcome.INVALID: -1.0,
 }
 _RELEASE_TAG = "quantgate.release"
+_PARENT = "mlflow.parentRunId"
 
 
 def record_release(release: ReleaseFolder, *, tracking_uri: str | None = None) -> Recorded:
@@ -93,10 +94,14 @@ def _record(
         [experiment_id],
         f"tags.`{_RELEASE_TAG}` = '{release.release_id}' and tags.`verdicts_sha256` = '{digest}'",
     )
-    if found:
-        parent = next(r for r in found if "mlflow.parentRunId" not in r.data.tags)
+    # The parent ends last, so one that has not ended lacks variants: it was cut short.
+    whole = [r for r in found if _PARENT not in r.data.tags and r.info.status == "FINISHED"]
+    if whole:
+        parent = whole[0]
         children = {
-            r.data.tags["variant"]: r.info.run_id for r in found if "variant" in r.data.tags
+            r.data.tags["variant"]: r.info.run_id
+            for r in found
+            if r.data.tags.get(_PARENT) == parent.info.run_id
         }
         return Recorded(
             tracking_uri=store.uri,
@@ -158,7 +163,7 @@ def _record(
             measurements.variants.get(decision.variant), shared, params, span,
             is_champion=decision.variant == verdicts.champion,
         )  # fmt: skip
-    # The parent ends last: a release cut short stays visibly unfinished, and is recorded again.
+    # Last: a release cut short stays visibly unfinished, and is recorded again.
     client.set_terminated(parent_id, end_time=span.end_ms)
     return Recorded(
         tracking_uri=store.uri,
@@ -186,7 +191,7 @@ def _record_variant(
     worst = min(decision.outcomes, key=lambda outcome: _GATE_VALUES[outcome])
     tags = {
         **shared,
-        "mlflow.parentRunId": parent_id,
+        _PARENT: parent_id,
         "variant": decision.variant,
         "decision": "approved" if decision.approved else "not approved",
         "gate.verdict": str(worst),

@@ -171,6 +171,20 @@ def test_recording_twice_finds_the_first_record(release_copy: MiniProject) -> No
     assert record_release(release) == first
 
 
+def test_a_record_cut_short_is_made_again_with_every_variant(release_copy: MiniProject) -> None:
+    release = next(releases(release_copy.runs))
+    whole = record_release(release)
+    client = mlflow.MlflowClient(tracking_uri=whole.tracking_uri)
+    client.delete_run(whole.variant_run_ids["int4-nf4"])
+    client.update_run(whole.run_id, status="RUNNING")
+    again = record_release(release)
+    assert again.run_id != whole.run_id
+    assert again.variant_run_ids.keys() == {"bf16", "int4-nf4"}
+    for run_id in again.variant_run_ids.values():
+        assert client.get_run(run_id).data.tags["mlflow.parentRunId"] == again.run_id
+    assert record_release(release) == again
+
+
 def test_recording_is_what_lets_a_release_be_promoted(release_copy: MiniProject) -> None:
     release = next(releases(release_copy.runs))
     release.update_state(stage=JUDGED)
