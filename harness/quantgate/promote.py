@@ -228,7 +228,7 @@ def _change(
     entry = {
         "at": timestamp(),
         "action": action,
-        "who": getpass.getuser(),
+        "who": _user(),
         "reason": reason,
         "before": _identity(old.champion),
         "after": _identity(new.champion),
@@ -253,10 +253,17 @@ def _identity(variant: ServedVariant | None) -> dict[str, str] | None:
 
 def _append_audit(path: Path, entry: Mapping[str, Any]) -> None:
     line = json.dumps(entry, sort_keys=True, ensure_ascii=False) + "\n"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    before = path.read_bytes() if path.is_file() else b""
+    # Whole: half a line, where the disk is full, would break the chain for every later change.
+    write_bytes(path, before + line.encode("utf-8"))
+
+
+def _user() -> str:
+    """Who changes what serves, by number where the system has no name, as in a container."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
 
 
 @contextmanager

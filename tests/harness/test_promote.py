@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 from typing import TYPE_CHECKING
 
 import pytest
@@ -210,6 +212,36 @@ def test_a_serving_config_edited_by_hand_disagrees_with_the_audit_log(
     assert is_audit_complete(path)
     path.write_text(path.read_text(encoding="utf-8") + "# a note\n", encoding="utf-8")
     assert not is_audit_complete(path)
+
+
+def test_a_full_disk_leaves_the_audit_log_whole_so_that_the_next_change_is_possible(
+    release: ReleaseFolder, release_copy: MiniProject
+) -> None:
+    path = release_copy.serving_config
+    promote(release, APPROVED, serving_config=path)
+    before = path.with_name(AUDIT_NAME).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            rollback(path, allow_none=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.with_name(AUDIT_NAME).read_bytes() == before
+    assert is_audit_complete(path)
+    rollback(path, allow_none=True)
+    assert [entry["action"] for entry in read_audit(path)] == ["promote", "rollback"]
+
+
+def test_a_user_without_a_name_is_known_by_number(
+    release: ReleaseFolder, release_copy: MiniProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def has_no_name() -> str:
+        raise KeyError("getpwuid(): uid not found: 1234")
+
+    monkeypatch.setattr("getpass.getuser", has_no_name)
+    promote(release, APPROVED, serving_config=release_copy.serving_config)
+    assert read_audit(release_copy.serving_config)[0]["who"] == f"uid {os.getuid()}"
 
 
 def _pretend_another_was_promoted(project: MiniProject, release: ReleaseFolder) -> None:
