@@ -20,6 +20,7 @@ class Champion:
 
     name: str
     folder: Path
+    artifact_sha256: str
 
 
 def find_champion(
@@ -39,7 +40,12 @@ def find_champion(
             f"the champion {policy.champion} could not be built, so there is nothing to compare "
             "performance with; see the build error above."
         )
-    return Champion(name=policy.champion, folder=variants[policy.champion].folder)
+    variant = variants[policy.champion]
+    return Champion(
+        name=policy.champion,
+        folder=variant.folder,
+        artifact_sha256=variant.manifest.artifact_sha256,
+    )
 
 
 def _serving(source: SourceModel, path: Path) -> Champion | None:
@@ -57,4 +63,6 @@ def _serving(source: SourceModel, path: Path) -> Champion | None:
     verify(folder, manifest)
     if manifest.artifact_sha256 != config.champion.artifact_sha256:
         raise ArtifactError(f"{folder}: not the bytes that {path} says are serving.")
-    return Champion(name=config.champion.name, folder=folder)
+    return Champion(
+        name=config.champion.name, folder=folder, artifact_sha256=manifest.artifact_sha256
+    )

@@ -240,13 +240,23 @@ def _measure_load(
     ]
     log = release.log(shared[0]) if shared else release.load / "champion.log"
     candidates = [
-        Arm(name=name, folder=variant.folder, log=release.log(name))
+        Arm(
+            name=name,
+            folder=variant.folder,
+            log=release.log(name),
+            artifact_sha256=variant.manifest.artifact_sha256,
+        )
         for name, variant in variants.items()
         if name not in shared
     ]
     progress.stage("load", workload.blocks * (len(candidates) + 1))
     return measure_load(
-        Arm(name=champion.name, folder=champion.folder, log=log),
+        Arm(
+            name=champion.name,
+            folder=champion.folder,
+            log=log,
+            artifact_sha256=champion.artifact_sha256,
+        ),
         candidates,
         workloads,
         folder=release.load,

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from quantgate.errors import MeasurementError
-from quantgate.files import write_json, write_with
+from quantgate.files import sha256_of_json, write_json, write_with
 from quantgate.load.client import PhaseRecord, RequestRecord, replay
 from quantgate.load.workload import BlockWorkload
 from quantgate.server import Server
@@ -35,6 +35,8 @@ class BlockFacts:
     """Most memory held since the server started."""
     oom_count: int
     """During this block."""
+    inputs_sha256: str = ""
+    """What was measured; a release that goes on keeps only blocks of what it measures now."""
 
 
 class ArmFailed(MeasurementError):
@@ -54,6 +56,11 @@ def facts_path(block: Path) -> Path:
     return block.with_suffix(".json")
 
 
+def inputs_sha256(artifact_sha256: str, workload: BlockWorkload) -> str:
+    """The artifact that served a block, and the requests that it replayed."""
+    return sha256_of_json([artifact_sha256, workload.sha256])
+
+
 def round_order(arms: Sequence[str], block: int) -> list[str]:
     """Forwards in even rounds, backwards in odd ones."""
     return list(arms) if block % 2 == 0 else list(reversed(arms))
@@ -63,6 +70,7 @@ def run_blocks(
     arms: Mapping[str, Server],
     workloads: Sequence[BlockWorkload],
     *,
+    artifacts: Mapping[str, str],
     first_block: int,
     folder: Path,
     warmup_requests: int,
@@ -71,6 +79,9 @@ def run_blocks(
 ) -> None:
     """Runs the rounds from `first_block` on and stores each block's requests at `block_path`.
 
+    Args:
+        artifacts: the sha256 of what each arm serves.
+
     Raises:
         ArmFailed: an arm's server ended or does not answer; blocks already stored stay.
     """
@@ -78,22 +89,34 @@ def run_blocks(
         for arm in round_order(list(arms), block):
             path = block_path(folder, arm, block)
             try:
-                _run_block(arms[arm], workload, path, warmup_requests, timeout_s)
+                inputs = inputs_sha256(artifacts[arm], workload)
+                _run_block(arms[arm], workload, path, warmup_requests, timeout_s, inputs=inputs)
             except MeasurementError as error:
                 raise ArmFailed(arm, str(error)) from error
             on_block(arm, block)
 
 
 def _run_block(
-    server: Server, workload: BlockWorkload, path: Path, warmup_requests: int, timeout_s: float
+    server: Server,
+    workload: BlockWorkload,
+    path: Path,
+    warmup_requests: int,
+    timeout_s: float,
+    *,
+    inputs: str,
 ) -> None:
     ooms_before = server.oom_count()
     # Not measured: an idle process has cold caches and a clocked-down core.
     replay(server.url, workload.burst[:warmup_requests], timeout_s=timeout_s)
     burst = replay(server.url, workload.burst, timeout_s=timeout_s)
     steady = replay(server.url, workload.steady, timeout_s=timeout_s)
-    facts = BlockFacts(peak_bytes=server.peak_bytes(), oom_count=server.oom_count() - ooms_before)
+    facts = BlockFacts(
+        peak_bytes=server.peak_bytes(),
+        oom_count=server.oom_count() - ooms_before,
+        inputs_sha256=inputs,
+    )
     # Before the block itself, so that no block is without its facts.
+    path.unlink(missing_ok=True)
     write_json(facts_path(path), asdict(facts))
     write_block(path, {BURST: burst, STEADY: steady})
 

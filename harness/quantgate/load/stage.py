@@ -9,7 +9,14 @@ from pathlib import Path
 
 from quantgate.errors import MeasurementError
 from quantgate.files import read_json
-from quantgate.load.blocks import ArmFailed, BlockFacts, block_path, facts_path, run_blocks
+from quantgate.load.blocks import (
+    ArmFailed,
+    BlockFacts,
+    block_path,
+    facts_path,
+    inputs_sha256,
+    run_blocks,
+)
 from quantgate.load.workload import BlockWorkload
 from quantgate.server import Server
 from quantgate.server_pool import ServerPool
@@ -24,6 +31,7 @@ class Arm:
     name: str
     folder: Path
     log: Path
+    artifact_sha256: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +55,8 @@ def measure_load(
     on_block: Callable[[str, int], None],
 ) -> dict[str, str]:
     """Measures every candidate against the champion; stored rounds are not repeated.
+
+    A round is stored when every arm has its block of these bytes and these requests.
 
     Args:
         arms_together: servers resident at a time, champion included, at least 2; None for all.
@@ -89,7 +99,9 @@ class MeasuredArm:
 def find_arm(folder: Path, candidate: str, *, is_champion: bool) -> MeasuredArm | None:
     """The blocks of a candidate; the champion's own where it had no arm beside the champion's."""
     for arm in (candidate, CHAMPION_ARM) if is_champion else (candidate,):
-        for path in sorted(folder.glob(f"group-*/{arm}")):
+        if found := sorted(folder.glob(f"group-*/{arm}")):
+            # Most blocks: an earlier session may have begun with it in another group.
+            path = max(found, key=lambda path: len(list(path.glob("block-*.parquet"))))
             return MeasuredArm(group=path.parent, arm=arm)
     return None
 
@@ -123,12 +135,13 @@ def _measure_group(
 ) -> tuple[str, str] | None:
     """Measures one group; returns (arm, reason) when an arm's server failed."""
     arms = {CHAMPION_ARM: champion, **{arm.name: arm for arm in candidates}}
-    done = _whole_rounds(folder, list(arms), len(workloads))
+    done = _whole_rounds(folder, arms, workloads)
     for block in range(done):
         for name in arms:
             on_block(name, block)
     if done == len(workloads):
         return None
+    _drop_unpaired(folder, arms, first_block=done)
     running: dict[str, Server] = {}
     with ExitStack() as stack:
         for name, arm in arms.items():
@@ -140,6 +153,7 @@ def _measure_group(
             run_blocks(
                 running,
                 workloads,
+                artifacts={name: arm.artifact_sha256 for name, arm in arms.items()},
                 first_block=done,
                 folder=folder,
                 warmup_requests=warmup_requests,
@@ -151,12 +165,28 @@ def _measure_group(
     return None
 
 
-def _whole_rounds(folder: Path, arms: Sequence[str], num_blocks: int) -> int:
+def _whole_rounds(folder: Path, arms: Mapping[str, Arm], workloads: Sequence[BlockWorkload]) -> int:
     """Rounds at the start in which every arm was measured: they pair, in whichever session."""
-    for block in range(num_blocks):
-        if not all(block_path(folder, arm, block).is_file() for arm in arms):
-            return block
-    return num_blocks
+    for block, workload in enumerate(workloads):
+        for name, arm in arms.items():
+            path = block_path(folder, name, block)
+            if not (path.is_file() and facts_path(path).is_file()):
+                return block
+            facts = BlockFacts(**read_json(facts_path(path)))
+            if facts.inputs_sha256 != inputs_sha256(arm.artifact_sha256, workload):
+                return block
+    return len(workloads)
+
+
+def _drop_unpaired(folder: Path, arms: Mapping[str, Arm], *, first_block: int) -> None:
+    """Removes what earlier sessions measured of other arms in rounds that are measured anew."""
+    for path in folder.glob("*/block-*.parquet"):
+        arm = path.parent.name
+        if arm not in arms and path >= block_path(folder, arm, first_block):
+            path.unlink()
+            facts_path(path).unlink(missing_ok=True)
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
 
 
 def workload_digests(workloads: Sequence[BlockWorkload]) -> Mapping[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,20 @@ def workloads(requests_at: Callable[..., Any]) -> list[BlockWorkload]:
 
 @pytest.fixture
 def measure(pool: FakePool, workloads: list[BlockWorkload], tmp_path: Path) -> Measure:
-    def run(*names: str, arms_together: int | None = None, told: list[Any] | None = None) -> Any:
+    def run(
+        *names: str,
+        arms_together: int | None = None,
+        told: list[Any] | None = None,
+        digests: Mapping[str, str] | None = None,
+        requests: list[BlockWorkload] = workloads,
+    ) -> Any:
         def arm(name: str) -> Arm:
-            return Arm(name=name, folder=tmp_path / name, log=tmp_path / f"{name}.log")
+            return Arm(
+                name=name,
+                folder=tmp_path / name,
+                log=tmp_path / f"{name}.log",
+                artifact_sha256=(digests or {}).get(name, "a" * 64),
+            )
 
         def on_block(name: str, block: int) -> None:
             if told is not None:
@@ -60,7 +71,7 @@ def measure(pool: FakePool, workloads: list[BlockWorkload], tmp_path: Path) -> M
         return measure_load(
             arm("champion"),
             [arm(name) for name in names],
-            workloads,
+            requests,
             folder=tmp_path / "load",
             arms_together=arms_together,
             servers=pool,  # type: ignore[arg-type]
@@ -125,6 +136,46 @@ def test_a_stage_that_is_done_starts_no_server(measure: Measure, pool: FakePool)
     assert measure("a", told=told) == {}
     assert pool.started == []
     assert len(told) == 6
+
+
+@pytest.mark.parametrize("changed", ["a", "champion"])
+def test_rounds_of_other_bytes_than_are_judged_now_are_measured_again(
+    measure: Measure, pool: FakePool, tmp_path: Path, changed: str
+) -> None:
+    measure("a")
+    group = tmp_path / "load" / "group-0"
+    paths = [block_path(group, arm, block) for arm in (CHAMPION_ARM, "a") for block in range(3)]
+    before = [path.read_bytes() for path in paths]
+    told: list[Any] = []
+    assert measure("a", digests={changed: "b" * 64}, told=told) == {}
+    assert sorted(pool.started) == ["a", "a", "champion", "champion"]
+    assert len(told) == 6
+    assert all(path.read_bytes() != old for path, old in zip(paths, before, strict=True))
+
+
+def test_rounds_of_other_requests_are_measured_again(
+    measure: Measure,
+    pool: FakePool,
+    workloads: list[BlockWorkload],
+    requests_at: Callable[..., Any],
+) -> None:
+    measure("a")
+    before = pool.servers["a"].num_requests
+    others = [*workloads[:2], BlockWorkload(burst=requests_at(0, 0), steady=requests_at(1, 3))]
+    assert measure("a", requests=others) == {}
+    assert pool.servers["a"].num_requests - before == 5
+
+
+def test_an_arm_that_moved_to_another_group_is_not_paired_with_a_champion_of_another_session(
+    measure: Measure, pool: FakePool, tmp_path: Path
+) -> None:
+    """What could not be built is missing in the first session, and there in the next."""
+    measure("b", arms_together=2)
+    load = tmp_path / "load"
+    measure("a", "b", arms_together=2)
+    assert names(find_arm(load, "b", is_champion=False)) == ("group-1", "b")
+    assert not (load / "group-0" / "b").exists()
+    assert len(read_arm(load / "group-1", "b", 3).blocks) == 3
 
 
 def test_an_oom_of_an_earlier_session_is_not_forgotten(
