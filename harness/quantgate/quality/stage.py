@@ -17,7 +17,7 @@ from quantgate.quality.early_stop import Asked, StopRule, ask_until_failed
 from quantgate.quality.golden import GoldenSet
 from quantgate.quality.lock import changes_since_lock, read_lock
 from quantgate.quality.rendering import RenderedPrompt, Renderer
-from quantgate.quality.results import EarlyStop, read_stop, write_results
+from quantgate.quality.results import EarlyStop, count_errors, read_stop, write_results
 from quantgate.server import Server
 from quantgate.server_pool import ServerPool
 
@@ -101,23 +101,24 @@ def measure_quality(
         key = results_key(model, golden, servers, batching)
         path = store / f"{golden.name}-{key[:24]}.parquet"
         rule = rules.get(golden.name)
-        if rule and not _has_results(path) and _has_results(_path_of_part(path, rule)):
+        if rule and not _is_answered(path) and _is_answered(_path_of_part(path, rule)):
             path = _path_of_part(path, rule)
         paths[golden.name] = path
-    asked = [g for g in sets if g.name in paths and not _has_results(paths[g.name])]
+    asked = [g for g in sets if g.name in paths and not _is_answered(paths[g.name])]
     for golden in sets:
         if golden not in asked:
             on_answers(len(golden.items))
     has_died = False
+    written: set[str] = set()
     if asked:
         try:
             _ask(
-                model, asked, prompts, paths, rules, log=log, servers=servers, timeout_s=timeout_s,
-                on_answers=on_answers, batching=batching,
+                model, asked, prompts, paths, written, rules, log=log, servers=servers,
+                timeout_s=timeout_s, on_answers=on_answers, batching=batching,
             )  # fmt: skip
         except MeasurementError as error:
             has_died = True
-            missing |= {g.name: str(error) for g in asked if not _has_results(paths[g.name])}
+            missing |= {g.name: str(error) for g in asked if g.name not in written}
     items = {name: path for name, path in paths.items() if name not in missing}
     facts = [read_json(_sidecar(path)) for path in items.values()]
     return QualityResult(
@@ -149,6 +150,7 @@ def _ask(
     sets: Sequence[GoldenSet],
     prompts: Mapping[str, list[RenderedPrompt]],
     paths: dict[str, Path],
+    written: set[str],
     rules: Mapping[str, StopRule],
     *,
     log: Path,
@@ -157,7 +159,10 @@ def _ask(
     on_answers: Callable[[int], None],
     batching: Batching,
 ) -> None:
-    """Asks the sets and writes their results; a part has a path of its own, put into `paths`."""
+    """Asks the sets and writes their results, whose names go into `written`.
+
+    A part has a path of its own, put into `paths`.
+    """
     with servers.serving(model.folder, log=log) as server:
         for golden in sets:
             before = server.oom_count()
@@ -177,6 +182,7 @@ def _ask(
                 path = paths[golden.name] = _path_of_part(path, rule)
             write_results(path, asked.part, asked.answers, stop=asked.stop)
             write_json(_sidecar(path), facts)
+            written.add(golden.name)
 
 
 def _ask_set(
@@ -247,6 +253,7 @@ def _sidecar(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _has_results(path: Path) -> bool:
+def _is_answered(path: Path) -> bool:
+    """Whether a file holds an answer to every item; what a busy machine cost is asked again."""
     # The sidecar is written last, so a parquet without one belongs to an interrupted run.
-    return path.is_file() and _sidecar(path).is_file()
+    return path.is_file() and _sidecar(path).is_file() and not count_errors(path)[0]

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from quantgate.errors import ServerDied
 from quantgate.quality import stage
 from quantgate.quality.completions import FULL_BATCHES, Batching
 from quantgate.quality.golden import GoldenSet, load_golden_set
 from quantgate.quality.lock import write_lock
 from quantgate.quality.rendering import Renderer
-from quantgate.quality.stage import QualityResult, ServedModel, join_results, results_key
+from quantgate.quality.results import count_errors
+from quantgate.quality.stage import (
+    QualityResult,
+    ServedModel,
+    join_results,
+    measure_quality,
+    results_key,
+)
 from quantgate.server import ServerOptions
 from quantgate.server_pool import ServerPool
 from quantgate.variants.build import adopt_variant
@@ -170,6 +180,71 @@ def test_the_engine_is_its_code_and_the_packages_it_computes_with(
     monkeypatch.setattr(stage, "versions_of", lambda packages: {"torch": "99"})
     assert stage.engine_sha256() != before
     stage.engine_sha256.cache_clear()
+
+
+class Pool:
+    """One server, which somebody else started, of which `ooms` are read."""
+
+    options = OPTIONS
+
+    def __init__(self, url: str, count_ooms: Callable[[], int]) -> None:
+        self.url, self.count_ooms = url, count_ooms
+
+    @contextmanager
+    def serving(self, folder: Path, *, log: Path) -> Iterator[Any]:
+        yield SimpleNamespace(url=self.url, oom_count=self.count_ooms, peak_bytes=lambda: 1)
+
+
+@pytest.fixture
+def measure(
+    locked: Callable[..., GoldenSet], folder: Path, tmp_path: Path, serve: Any
+) -> Callable[..., QualityResult]:
+    golden, store = locked(), tmp_path / "store"
+    store.mkdir()
+
+    def run(status: int, count_ooms: Callable[[], int] = lambda: 0) -> QualityResult:
+        async def complete(body: dict[str, Any]) -> tuple[int, Any]:
+            answer = {"text": "4", "finish_reason": "stop", "stop_reason": None, "token_ids": [1]}
+            choices = [answer | {"index": index} for index in range(len(body["prompt"]))]
+            return status, {"choices": choices}
+
+        with serve(complete) as url:
+            return measure_quality(
+                ServedModel(name="v", folder=folder, artifact_sha256="a" * 64),
+                [golden],
+                store=store,
+                log=store / "v.log",
+                servers=Pool(url, count_ooms),  # type: ignore[arg-type]
+                timeout_s=10,
+                on_answers=lambda _: None,
+            )
+
+    return run
+
+
+def test_items_without_an_answer_are_asked_again_by_the_next_release(
+    measure: Callable[..., QualityResult],
+) -> None:
+    refused = measure(503)
+    assert count_errors(refused.items["small"]) == (2, 2)
+    answered = measure(200)
+    assert answered.num_reused == 0
+    assert count_errors(answered.items["small"]) == (0, 2)
+    # Now there is nothing to be asked.
+    again = measure(503)
+    assert again.num_reused == 1
+    assert count_errors(again.items["small"]) == (0, 2)
+
+
+def test_a_server_that_dies_leaves_no_earlier_answers_in_place_of_its_own(
+    measure: Callable[..., QualityResult],
+) -> None:
+    def dies() -> int:
+        raise ServerDied("the server exited")
+
+    measure(503)
+    died = measure(200, dies)
+    assert (died.items, died.missing) == ({}, {"small": "the server exited"})
 
 
 def result(name: str, **facts: Any) -> QualityResult:
