@@ -88,8 +88,8 @@ def read_manifest(folder: Path) -> VariantManifest:
     if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
         raise ArtifactError(f"{path}: expected schema_version {SCHEMA_VERSION}.")
     stated = value.pop("artifact_sha256", None), value.pop("manifest_sha256", None)
-    found_sha256 = sha256_of_json(value)
     try:
+        found_sha256 = sha256_of_json(value)
         manifest = manifest_from_json(value)
         artifact_sha256 = manifest.artifact_sha256
     except (TypeError, ValueError) as error:

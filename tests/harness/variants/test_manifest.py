@@ -106,6 +106,7 @@ def test_a_manifest_edited_to_fit_other_bytes_is_refused(artifact: Path) -> None
             '{"schema_version": 1, "scheme": "x", "files": {}, "source_sha256": "", "new": 1}',
             "new",
         ),
+        ('{"schema_version": 1, "notes": {"loss": NaN}}', "not JSON compliant"),
     ],
 )
 def test_what_is_no_manifest_of_this_schema_is_refused(
