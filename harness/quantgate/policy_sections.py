@@ -62,6 +62,10 @@ class VariantSpec(SpecModel):
         if self.group_size is not None and not self.scheme.endswith("-gptq"):
             message = f'"group_size" is not for scheme "{self.scheme}"; remove it'
             raise Refused((("group_size",), message))
+        if "group_size" in self.options:
+            # In one place, which what is compared with the variant reads too.
+            message = "group_size is no option; write beside scheme: group_size: 128"
+            raise Refused((("options", "group_size"), message))
         return self
 
 

@@ -92,7 +92,7 @@ def _problems(
 ) -> list[str]:
     problems = [f"option {key!r} is not known" for key in _unknown_options(spec)]
     if spec.scheme in CALIBRATED_SCHEMES:
-        group_size = spec.group_size or int(spec.options.get("group_size", DEFAULT_GROUP_SIZE))
+        group_size = spec.group_size or DEFAULT_GROUP_SIZE
         narrow = [name for name, (_, width) in widths.items() if width % group_size]
         if narrow:
             problems.append(
@@ -116,8 +116,8 @@ _OPTIONS: dict[str, tuple[str, ...]] = {
     "bf16": (),
     "int8-bnb": ("llm_int8_threshold", "skip_modules"),
     "int4-nf4": ("double_quant", "skip_modules"),
-    "int8-gptq": ("group_size", "batch_size"),
-    "int4-gptq": ("group_size", "batch_size"),
+    "int8-gptq": ("batch_size",),
+    "int4-gptq": ("batch_size",),
 }
 
 

@@ -68,6 +68,11 @@ def test_a_variant_that_is_brought_needs_no_calibration(small_policy: SmallPolic
             "bf16: {scheme: bf16, group_size: 64}",
             'small.yaml:4: "group_size" is not for scheme "bf16"; remove it',
         ),
+        (
+            "group_size: 128}",
+            "options: {group_size: 64}}",
+            "small.yaml:5: group_size is no option; write beside scheme: group_size: 128",
+        ),
         ("rate: 20 req/s", "rate: 20", "small.yaml:12: 20 has no unit; write: 20 req/s"),
         (
             "rate: 20 req/s",

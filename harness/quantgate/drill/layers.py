@@ -154,7 +154,7 @@ def _candidate(plan: Plan, variant: Variant) -> Candidate:
     return Candidate(
         folder=variant.folder,
         scheme=plan.policy.variants[variant.name].scheme,
-        group_size=group_size_of(plan, variant.name),
+        group_size=group_size_of(plan, variant.name, variant.folder),
     )
 
 

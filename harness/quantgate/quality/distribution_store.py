@@ -12,10 +12,13 @@ from quantgate.policy import SOURCE
 from quantgate.quality.stage import engine_sha256
 from quantgate.quality.teacher import teacher_sha256
 from quantgate.variants.build import Variant
-from quantgate.variants.scheme import DEFAULT_GROUP_SIZE
+from quantgate.variants.scheme import DEFAULT_GROUP_SIZE, quantization_settings
 
 if TYPE_CHECKING:
     from quantgate.plan import Plan
+
+_WHOLE_ROW = 2**30
+"""Longer than any row; AutoGPTQ writes -1."""
 
 
 def distribution_paths(
@@ -47,13 +50,20 @@ def distribution_paths(
                 "processor": processor_of(plan.device),
                 "teacher": teacher_sha256(),
                 "scheme": variant.manifest.scheme,
-                "group_size": group_size_of(plan, name),
+                "group_size": group_size_of(plan, name, variant.folder),
             }
         )
         paths[name] = store / f"distribution-{key[:24]}.parquet"
     return paths
 
 
-def group_size_of(plan: Plan, name: str) -> int:
-    """Inputs that share a scale in a variant, and so in its healthy twin."""
-    return plan.policy.variants[name].group_size or DEFAULT_GROUP_SIZE
+def group_size_of(plan: Plan, name: str, folder: Path) -> int:
+    """Inputs that share a scale in a variant, and so in its healthy twin; all of a row for many.
+
+    Of an artifact that somebody brought it is what its own config says, unless the policy does.
+    """
+    spec = plan.policy.variants[name]
+    if spec.group_size is not None or spec.path is None:
+        return spec.group_size or DEFAULT_GROUP_SIZE
+    found = quantization_settings(folder).get("group_size", DEFAULT_GROUP_SIZE)
+    return found if isinstance(found, int) and found > 0 else _WHOLE_ROW

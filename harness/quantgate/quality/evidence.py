@@ -240,7 +240,7 @@ class _Work:
             name: Candidate(
                 folder=variant.folder,
                 scheme=plan.policy.variants[name].scheme,
-                group_size=group_size_of(plan, name),
+                group_size=group_size_of(plan, name, variant.folder),
             )
             for name, variant in self._variants.items()
             if not paths[name].is_file()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quantgate.errors import ArtifactError
 from quantgate.files import read_json
 from quantgate.variants.source import SourceModel
 
@@ -38,8 +39,11 @@ def scheme_in_config(folder: Path) -> str:
     """The scheme that config.json's `quantization_config` describes; none at all means `bf16`.
 
     What no scheme here describes is returned in the config's own words, such as `awq, 4 bits`.
+
+    Raises:
+        ArtifactError: config.json cannot be read.
     """
-    settings = read_json(folder / "config.json").get("quantization_config")
+    settings = quantization_settings(folder)
     if not settings:
         return "bf16"
     match settings:
@@ -50,6 +54,23 @@ def scheme_in_config(folder: Path) -> str:
         case {"quant_method": "gptq", "bits": 4 | 8 as bits}:
             return f"int{bits}-gptq"
     return f"{settings.get('quant_method', 'unknown')}, {settings.get('bits', 'unknown')} bits"
+
+
+def quantization_settings(folder: Path) -> Mapping[str, Any]:
+    """The `quantization_config` of an artifact's config.json; empty where there is none.
+
+    Raises:
+        ArtifactError: config.json is no JSON object, or that is none.
+    """
+    path = folder / "config.json"
+    try:
+        config = read_json(path)
+    except ValueError as error:
+        raise ArtifactError(f"{path}: not JSON ({error}). Copy or save it again.") from error
+    settings = config.get("quantization_config") or {} if isinstance(config, dict) else None
+    if not isinstance(settings, dict):
+        raise ArtifactError(f"{path}: expected a JSON object. Copy or save it again.")
+    return settings
 
 
 def copy_sidecars(source: SourceModel, out: Path) -> None:

@@ -172,8 +172,28 @@ def pickle_weights(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def truncate_config(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def replace_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[]", encoding="utf-8")
+
+
+def replace_settings(folder: Path) -> None:
+    (folder / "config.json").write_text('{"quantization_config": "gptq"}', encoding="utf-8")
+
+
 @pytest.mark.parametrize(
-    ("damage", "message"), [(unlink_config, "no config.json"), (pickle_weights, "pickle weights")]
+    ("damage", "message"),
+    [
+        (unlink_config, "no config.json"),
+        (pickle_weights, "pickle weights"),
+        (truncate_config, r"config\.json: not JSON"),
+        (replace_config, r"config\.json: expected a JSON object"),
+        (replace_settings, r"config\.json: expected a JSON object"),
+    ],
 )
 def test_a_folder_that_is_no_model_is_not_adopted(
     model_folder: Path, damage: Callable[[Path], None], message: str
