@@ -6,6 +6,7 @@ refuses is refused with `file:line`, what was expected and what to write.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from pathlib import Path, PurePath
 from typing import Annotated
@@ -18,10 +19,12 @@ from quantgate.policy_errors import problems_of
 from quantgate.policy_sections import Calibration, Distribution, Serving, VariantSpec, Workload
 from quantgate.spec import Location, SpecError, read_document
 from quantgate.statistics.blocks import MIN_BLOCKS
-from quantgate.units import did_you_mean, parse_metric
+from quantgate.units import DISTRIBUTION_NOUNS, SERVED_NOUNS, did_you_mean, parse_metric
 
 SOURCE = "source"
 """The reference that is the source model in its own precision."""
+
+_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 RESERVED_NAMES = {SOURCE: "the source model", "champion": "the champion's arm"}
 """Names of folders in a release that no variant may take."""
@@ -148,11 +151,18 @@ def _baseline_problems(policy: Policy) -> list[tuple[Location, str]]:
 
 def _golden_set_problems(policy: Policy) -> list[tuple[Location, str]]:
     names = policy.golden_set_names
-    return [
-        (("golden_sets", index), f'golden set "{name}" is listed twice; remove one')
-        for index, name in enumerate(names)
-        if name in names[:index]
-    ]
+    problems: list[tuple[Location, str]] = []
+    for index, name in enumerate(names):
+        here: Location = ("golden_sets", index)
+        if name in names[:index]:
+            problems.append((here, f'golden set "{name}" is listed twice; remove one'))
+        elif not _SET_NAME.fullmatch(name):
+            message = "metrics are named for it, so its name is letters, digits, - and _; rename it"
+            problems.append((here, f'golden set "{name}": {message}'))
+        elif name in (*DISTRIBUTION_NOUNS, *SERVED_NOUNS):
+            message = "is what metrics of the distribution are named for; rename it"
+            problems.append((here, f'golden set "{name}": {message}'))
+    return problems
 
 
 def _gate_problems(policy: Policy) -> list[tuple[Location, str]]:

@@ -98,6 +98,17 @@ def test_an_unknown_variant_requires_nothing_it_is_an_error(small_policy: SmallP
         ),
         (
             "golden_sets: [golden_sets/orders]",
+            "golden_sets: [golden_sets/orders, golden_sets/my faq]",
+            'small.yaml:7: golden set "my faq": metrics are named for it, so its name is letters, '
+            "digits, - and _; rename it",
+        ),
+        (
+            "golden_sets: [golden_sets/orders]",
+            "golden_sets: [golden_sets/orders, perplexity]",
+            'small.yaml:7: golden set "perplexity": is what metrics of the distribution are named ',
+        ),
+        (
+            "golden_sets: [golden_sets/orders]",
             "golden_sets: [order]",
             'unknown golden set "orders"; expected one of order; did you mean "order"?',
         ),

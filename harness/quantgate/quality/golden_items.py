@@ -88,12 +88,34 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_once)
         except ValueError as error:
             raise GoldenSetError(f"{path}:{number}: not JSON ({error}).") from error
+        if "\\u" in line and _has_lone_surrogate(value):
+            raise GoldenSetError(
+                f"{path}:{number}: half of a surrogate pair, which is no character."
+            )
         if not isinstance(value, dict):
             raise GoldenSetError(f"{path}:{number}: expected a JSON object, found {value!r:.40}.")
         yield number, value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, of which nothing is dropped silently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return found
+
+
+def _has_lone_surrogate(value: object) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def decode(data: bytes, path: Path) -> str:

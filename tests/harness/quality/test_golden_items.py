@@ -41,6 +41,8 @@ def test_a_target_may_be_a_list_of_one(write_set: WriteSet) -> None:
     [
         ("{", "not JSON"),
         ("[1]", "expected a JSON object, found [1]"),
+        ('{"id": "b", "input": "x", "target": "4", "target": "5"}', "'target' stands twice"),
+        ('{"id": "b", "input": "x \\ud83d", "target": "4"}', "half of a surrogate pair"),
         (ITEM, "id 'a' was used on line 1 already"),
         (ITEM | {"id": ""}, "id is missing or empty"),
         (ITEM | {"id": 3}, "id is missing or empty"),
