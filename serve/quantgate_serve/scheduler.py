@@ -283,7 +283,8 @@ class Scheduler:
         """Whether `request` would find room if nothing less urgent ran."""
         leaving = self._running.less_urgent(request.priority)
         staying = len(self._running) - len(leaving)
-        pages = self.pool.num_free + self.pool.num_cached + sum(len(o.pages) for o in leaving)
+        freed = self.pool.count_freed(other.pages for other in leaving)
+        pages = self.pool.num_free + self.pool.num_cached + freed
         needed = self.pool.pages_for(len(request.token_ids)) + staying
         return staying < self.limits.max_batch_size and needed <= pages
 

@@ -268,6 +268,26 @@ def test_nobody_is_interrupted_for_one_who_would_not_fit_all_the_same() -> None:
     assert scheduler.num_preemptions == 0
 
 
+@pytest.mark.parametrize(("length", "is_interrupted"), [(180, False), (170, True)])
+def test_pages_that_several_share_are_freed_once(length: int, is_interrupted: bool) -> None:
+    """20 pages: 8 stay, 5 are free, and three bulk requests hold 4 together and 1 each."""
+    scheduler = make_scheduler(num_pages=20, tokens=512, cached=True)
+    stays = request_of(120, first=60, priority=Priority.INTERACTIVE)
+    scheduler.add(stays)
+    compute(scheduler, scheduler.schedule())
+    bulk = [request_of(70, priority=Priority.BULK) for _ in range(3)]
+    for request in bulk:
+        scheduler.add(request)
+        compute(scheduler, scheduler.schedule())
+    assert scheduler.pool.num_free == 5
+    urgent = request_of(length, first=120, priority=Priority.INTERACTIVE)
+    scheduler.add(urgent)
+    scheduler.schedule()
+    scheduler.check_integrity()
+    assert (scheduler.num_preemptions > 0) is is_interrupted
+    assert (urgent.state is RequestState.RUNNING) is is_interrupted
+
+
 def test_where_pages_run_out_the_least_urgent_gives_way_even_if_it_is_the_oldest() -> None:
     scheduler = make_scheduler(num_pages=5, tokens=64)
     bulk = request_of(20, priority=Priority.BULK, max_tokens=30)

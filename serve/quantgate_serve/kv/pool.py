@@ -111,6 +111,13 @@ class PagePool:
     def references(self, page: int) -> int:
         return self._references[page]
 
+    def count_freed(self, holders: Iterable[Sequence[int]]) -> int:
+        """How many pages nobody but the prefix cache would hold if all of `holders` let go."""
+        held = Counter(page for pages in holders for page in pages)
+        return sum(
+            self._references[page] - self._is_cached[page] == count for page, count in held.items()
+        )
+
     def check_integrity(self, holders: Iterable[Sequence[int]]) -> None:
         """Compare the reference counts with the pages that `holders` say they hold.
 

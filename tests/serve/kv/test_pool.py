@@ -222,3 +222,14 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPoolMachine = PoolMachine.TestCase
+
+
+def test_a_page_is_freed_by_those_who_hold_it_together_and_once() -> None:
+    pool = PagePool(8)
+    own, shared, cached, staying = pool.allocate(4)
+    pool.retain([shared, staying])
+    pool.retain_cached(cached)
+    first, second = [own, shared, cached, staying], [shared]
+    assert pool.count_freed([first]) == 2  # own, and cached for whoever needs it
+    assert pool.count_freed([first, second]) == 3
+    assert pool.count_freed([]) == 0
