@@ -38,6 +38,7 @@ from quantgate.release_folder import (
     JUDGED,
     MEASURED,
     ReleaseFolder,
+    claimed,
     open_release,
     store_of,
     timestamp,
@@ -73,6 +74,12 @@ def measure_release(request: ReleaseRequest, progress: Progress) -> ReleaseFolde
     """Everything up to measurements.json; see `run_release`."""
     plan = make_plan(request)
     release = open_release(plan.runs, plan.policy, plan.identity())
+    with claimed(release):
+        _measure(plan, release, request.serving_config, progress)
+    return release
+
+
+def _measure(plan: Plan, release: ReleaseFolder, serving_config: Path, progress: Progress) -> None:
     release.update_state(
         machine=describe_machine(),
         source={"name": plan.source.name, "sha256": plan.source.sha256},
@@ -96,7 +103,7 @@ def measure_release(request: ReleaseRequest, progress: Progress) -> ReleaseFolde
     audits = _audit(plan, variants, release.path / "audit.log", progress)
     for name, path in audits.reports.items():
         write_bytes(release.audit(name), path.read_bytes())
-    champion = find_champion(plan.policy, plan.source, variants, request.serving_config)
+    champion = find_champion(plan.policy, plan.source, variants, serving_config)
     with ServerPool(plan.server, keeps_running=plan.device == "cpu") as servers:
         quality = measure_evidence(plan, release, variants, servers, progress)
         release.update_state(quality_seconds=quality.seconds)
@@ -140,7 +147,6 @@ def measure_release(request: ReleaseRequest, progress: Progress) -> ReleaseFolde
         ),
     )
     release.update_state(stage=MEASURED, measured_at=timestamp(), judged_variants=list(plan.names))
-    return release
 
 
 def build_variants(request: ReleaseRequest, progress: Progress) -> dict[str, Variant]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,23 @@ class ReleaseFolder:
         write_json(self.path / RELEASE_NAME, self.read_state() | changes)
 
 
+@contextmanager
+def claimed(release: ReleaseFolder) -> Iterator[None]:
+    """Nobody else measures this release meanwhile: blocks of two processes would not pair.
+
+    Raises:
+        UsageError: somebody does.
+    """
+    with (release.path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{release.path}: another process measures these inputs now; wait for its end."
+            ) from error
+        yield
+
+
 def timestamp() -> str:
     """The time now as files say it: UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -131,7 +150,11 @@ def open_release(runs: Path, policy: Policy, identity: dict[str, Any]) -> Releas
         identity: everything that must be equal for a release to be continued.
     """
     for folder in releases(runs):
-        state = folder.read_state()
+        try:
+            state = folder.read_state()
+        except UsageError:
+            # Of another version, or damaged: nothing that could go on.
+            continue
         if state.get("identity") == identity and state.get("stage") == MEASURING:
             return folder
     now = datetime.datetime.now(datetime.UTC)

@@ -16,6 +16,7 @@ from quantgate.release_folder import (
     RECORDED,
     RELEASE_NAME,
     ReleaseFolder,
+    claimed,
     open_release,
     releases,
 )
@@ -66,6 +67,22 @@ def test_another_input_or_a_finished_release_begins_a_new_one(
 ) -> None:
     before = earlier(tmp_path, "p-20260101-000001", **changes)
     assert open_release(tmp_path, policy, {"source": "x"}) != before
+
+
+def test_a_release_of_another_version_does_not_stand_in_the_way_of_a_new_one(
+    tmp_path: Path, policy: Policy
+) -> None:
+    old = earlier(tmp_path, "p-20260101-000001", schema_version=0)
+    assert open_release(tmp_path, policy, {"source": "x"}) != old
+
+
+def test_two_processes_do_not_measure_one_release(tmp_path: Path, policy: Policy) -> None:
+    release = open_release(tmp_path, policy, {"source": "x"})
+    second = claimed(open_release(tmp_path, policy, {"source": "x"}))
+    with claimed(release), pytest.raises(UsageError, match="another process measures"):
+        second.__enter__()
+    with claimed(release):
+        pass
 
 
 def test_releases_are_listed_newest_first(tmp_path: Path) -> None:
