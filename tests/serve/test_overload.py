@@ -24,6 +24,10 @@ SECOND = 1_000_000_000
 DEADLINE_S = 3
 
 
+# Every prompt is a part of it, and few begin alike.
+_TOKENS = [2 + i % 997 for i in range(2 * 997)]
+
+
 @dataclass(frozen=True)
 class Arrival:
     at_ns: int
@@ -85,9 +89,9 @@ class Simulation:
 
     def _arrive(self, arrival: Arrival) -> None:
         deadline_ns = arrival.deadline_ns and arrival.at_ns + arrival.deadline_ns
-        start = len(self.requests)
+        first = len(self.requests) * 31 % 997
         request = Request(
-            [2 + (start * 31 + i) % 997 for i in range(arrival.num_prompt)],
+            _TOKENS[first : first + arrival.num_prompt],
             SamplingParams(max_tokens=arrival.max_tokens),
             priority=arrival.priority,
             tenant=arrival.tenant,
@@ -257,13 +261,15 @@ def test_retry_after_tells_when_there_will_be_room() -> None:
 def test_starvation_is_bounded_under_sustained_interactive_overload(priority: Priority) -> None:
     """aging_s + AGED_PART * (D + 2 * largest) / R, the formula of docs/serving.md."""
     simulation = Simulation()
-    overload = poisson(10 * CAPACITY_PER_S, 40, seed=6, mix=[(1, INTERACTIVE, "")])
+    overload = poisson(10 * CAPACITY_PER_S, 20, seed=6, mix=[(1, INTERACTIVE, "")])
     probes = [Arrival((5 + i) * SECOND // 2, priority, "", 150, 50) for i in range(10)]
     simulation.run(sorted(overload + probes, key=lambda arrival: arrival.at_ns))
     rate = simulation.admission.tokens_per_s
     assert rate is not None
     waits = [simulation.wait_s(request) for request in simulation.admitted(priority)]
     assert len(waits) == 10
+    # All have begun while the overload went on.
+    assert max(r.scheduled_ns for r in simulation.admitted(priority)) < overload[-1].at_ns
     # All ten arrive within five seconds, so that the last finds at most the other nine.
     bound_s = simulation.aging_ns / SECOND + AGED_PART * (9 * 200 + 2 * 264) / rate
     assert simulation.aging_ns / SECOND <= min(waits)
