@@ -397,8 +397,8 @@ class Drained:
     """What is left of a champion that was served until a termination."""
 
     code: int
-    last: httpx.Response
-    """Asked before the termination, answered after it."""
+    last: dict[str, Any]
+    """The last event of the answer that was under way at the termination."""
     spans: list[bytes]
 
 
@@ -431,22 +431,22 @@ def drained(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Dra
             timeout=60,
         )
         assert traced.status_code == 200
-        answers: list[httpx.Response] = []
-        body = {"prompt": [3] * 20, "max_tokens": 230, "ignore_eos": True}
-        asking = threading.Thread(target=lambda: answers.append(post(url, **body)))
-        asking.start()
-        while metric(url, "num_requests_running") == 0:
-            time.sleep(0.005)
-        child.send_signal(signal.SIGTERM)
-        asking.join(timeout=30)
+        body = {"prompt": [3] * 20, "max_tokens": 230, "ignore_eos": True, "stream": True}
+        body["stream_options"] = {"include_usage": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as last:
+            lines = last.iter_lines()
+            next(lines)  # it has begun
+            child.send_signal(signal.SIGTERM)
+            *_, usage, end = [line for line in lines if line]
         code = child.wait(timeout=30)
     collector.shutdown()
     collector.server_close()
-    return Drained(code, answers[0], collector.bodies)
+    assert end == "data: [DONE]"
+    return Drained(code, json.loads(usage.removeprefix("data: ")), collector.bodies)
 
 
 def test_the_champion_is_served_and_a_termination_drains(drained: Drained) -> None:
-    assert drained.last.json()["usage"]["completion_tokens"] == 230
+    assert drained.last["usage"]["completion_tokens"] == 230
     assert drained.code == 0
 
 
@@ -475,6 +475,7 @@ def test_a_drain_has_a_bound(llama_folder: Path, tmp_path: Path) -> None:
         asking = threading.Thread(target=lambda: _ignore_loss(url, body))
         asking.start()
         while metric(url, "num_requests_running") == 0:
+            assert asking.is_alive(), "it was over before it was seen to run"
             time.sleep(0.005)
         child.send_signal(signal.SIGTERM)
         assert child.wait(timeout=15) == 0
