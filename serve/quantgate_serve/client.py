@@ -318,6 +318,7 @@ class EngineClient:
         """Kill an engine that loads, or owes answers, and has been silent for too long."""
         while True:
             await asyncio.sleep(min(_WATCH_INTERVAL_S, self.settings.engine_timeout_s / 4))
+            self._expire()
             now = monotonic()
             for child in self._children():
                 if child.state is ChildState.SERVING and not child.in_flight:
@@ -330,6 +331,20 @@ class EngineClient:
                 if child.state is not ChildState.GONE and now - child.heard_s > bound_s:
                     _log.error("the engine has been silent for %g s: killed", bound_s)
                     child.kill()
+
+    def _expire(self) -> None:
+        """End who has run out of time where no engine looks yet: before one is warm."""
+        waiting = {} if self._held is None else dict(self._held)
+        for child in self._children():
+            if child.state is ChildState.WARMING:
+                waiting |= child.in_flight
+        now = perf_counter_ns()
+        late = [r for r in waiting.values() if r.deadline_ns is not None and r.deadline_ns <= now]
+        if self._held is not None:
+            self._held = {id: r for id, r in self._held.items() if r not in late}
+        for child in self._children():
+            self._ledger.forget(child, late, FinishReason.ABORT)
+        self._ledger.expire(late)
 
     def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

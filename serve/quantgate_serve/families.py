@@ -59,6 +59,12 @@ class Family:
     in_vllm: bool = False
 
 
+def _expired(scene: Scene) -> Mapping[str, float]:
+    """By phase; who waited for an engine was queued."""
+    counted = dict(scene.engine.deadline_expired)
+    return counted | {"queued": counted.get("queued", 0) + scene.front.expired}
+
+
 def _share(part: float | None, whole: float | None) -> float | None:
     return None if part is None or not whole else part / whole
 
@@ -105,7 +111,7 @@ QUEUE = (
            text="How long the admission window held a request; those it held only."),
     Family("counter", "aging_promotions_total", lambda s: s.engine.aging_promotions,
            text="Requests that started before more urgent ones, their class being overdue."),
-    Family("counter", "deadline_expired_total", lambda s: s.engine.deadline_expired,
+    Family("counter", "deadline_expired_total", _expired,
            text="Requests ended by their deadline.", label="phase"),
     Family("counter", "admission_rejections_total", lambda s: s.front.rejections,
            text="Requests refused at the door.", label="reason", in_vllm=True),

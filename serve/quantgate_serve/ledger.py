@@ -120,6 +120,19 @@ class Ledger:
             self.end(request, FinishReason.ERROR)
             transcript.tell(request)
 
+    def expire(self, requests: Sequence[Request]) -> None:
+        """End `requests`, whose deadlines have passed before any engine began with them."""
+        for request in requests:
+            seconds = (perf_counter_ns() - request.arrived_ns) / 1e9
+            request.error = RequestError(
+                f"the deadline passed while the request waited for the engine, after {seconds:.3f} "
+                "s. Allow more time, or try again later.",
+                "deadline_exceeded",
+            )
+            self._front.expired += 1
+            self.end(request, FinishReason.ERROR)
+            transcript.tell(request)
+
     def forget(self, child: EngineChild, requests: Sequence[Request], reason: FinishReason) -> None:
         """Have `child` work no longer on those of `requests` that it owes."""
         ids = [request.id for request in requests if child.settle(request.id)]

@@ -165,6 +165,8 @@ class FrontMetrics:
     # What the served variant measured when it was promoted, by metric (slo in serving.yaml).
     slo_baselines: dict[str, float] = field(default_factory=dict)
     rejections: Counter[str] = field(default_factory=_zeros(*REJECTIONS))  # by reason
+    # Deadlines that passed while no engine was warm.
+    expired: int = 0
     tokenize_s: Histogram = field(default_factory=_texts)
     detokenize_s: Histogram = field(default_factory=_texts)
     # Requests that joined one like them under way, None where that is off; then by cache,

@@ -21,7 +21,7 @@ from quantgate_serve.client import EngineClient, EngineStoppedError, ModelRefuse
 from quantgate_serve.config import ServerSettings
 from quantgate_serve.detokenize import TextStream
 from quantgate_serve.engine import Engine
-from quantgate_serve.engine_child import EngineThread
+from quantgate_serve.engine_child import EngineChild, EngineThread
 from quantgate_serve.request import Delta, FinishReason, Request
 from quantgate_serve.runner import Collect
 from quantgate_serve.scheduler import Chunk
@@ -403,6 +403,44 @@ def test_weights_change_under_load_and_no_request_fails(
             await engine.count()
             assert engine.metrics.finished["length"] == len(requests)
             assert engine.front.engine_restarts == 0
+
+    asyncio.run(work())
+
+
+def test_a_deadline_holds_also_while_a_request_waits_for_the_next_engine(
+    llama_folder: Path,
+    other_folder: Path,
+    make_request: MakeRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client_module, "fits_beside", lambda *_: "too little memory")
+
+    async def work() -> None:
+        async with running(llama_folder, engine_timeout_s=0.2) as (engine, _):
+            drained = asyncio.Event()
+            drain = EngineChild.drain
+
+            async def drain_later(child: EngineChild) -> None:
+                await drained.wait()
+                await drain(child)
+
+            monkeypatch.setattr(EngineChild, "drain", drain_later)
+            task = asyncio.create_task(engine.replace(settings_for(other_folder)))
+            await asyncio.sleep(0)
+            patient, hurried = make_request([5]), make_request([6])
+            hurried.deadline_ns = time.perf_counter_ns() + 50_000_000
+            (heard,) = await complete(engine, [hurried])
+            assert hurried.error is not None
+            assert hurried.error.code == "deadline_exceeded"
+            assert [delta.is_last for delta in heard] == [True]
+            assert not task.done()
+            waiting = asyncio.create_task(complete(engine, [patient]))
+            await asyncio.sleep(0)
+            drained.set()
+            await task
+            await waiting
+            assert (patient.error, len(patient.output_ids)) == (None, 12)
+            assert engine.front.expired == 1
 
     asyncio.run(work())
 
