@@ -251,7 +251,9 @@ def golden_stats(
     folder: Annotated[Path, typer.Argument(help="Golden set, golden_sets/<name>.")],
     margin: Annotated[float, typer.Option(help="The drop to be shown, in pt.", min=0.01)] = 2.0,
     confidence: Annotated[float, typer.Option(help="Of one tail.", min=0.51, max=0.999)] = 0.95,
-    power: Annotated[float, typer.Option(help="Of passing without a drop.", max=0.999)] = 0.8,
+    power: Annotated[
+        float, typer.Option(help="Of passing without a drop.", min=0.5, max=0.999)
+    ] = 0.8,
 ) -> None:
     """Say which margin a golden set can resolve, and how many items are missing for one.
 

@@ -32,3 +32,9 @@ def test_a_finer_margin_needs_more_items() -> None:
 @pytest.mark.parametrize("name", ["order-extract"])
 def test_stats_of_fractional_scores_count_clusters(name: str) -> None:
     assert "2 pt needs 149 equal clusters, and these weigh like" in stats(name)
+
+
+def test_stats_of_no_power_are_refused() -> None:
+    result = CliRunner().invoke(golden_app, ["stats", str(SETS / "order-extract"), "--power", "0"])
+    assert result.exit_code == 2
+    assert "equal to 0.5" in result.output
