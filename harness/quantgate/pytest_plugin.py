@@ -146,14 +146,19 @@ def _judge_run(config: pytest.Config) -> JudgedRun:
     from quantgate.errors import QuantgateError
     from quantgate.measurements_file import read_measurements
     from quantgate.policy import load_policy
+    from quantgate.release_folder import ReleaseFolder
     from quantgate.verdict import judge_release
 
     folder: Path = config.invocation_params.dir
     run = folder / config.getoption("--quantgate-run")
     policy_option = config.getoption("--quantgate-policy")
     try:
-        policy = load_policy(folder / policy_option if policy_option else run / "policy.yaml")
         measurements = read_measurements(run / "measurements.json")
+        if policy_option:
+            policy = load_policy(folder / policy_option)
+        else:
+            release = ReleaseFolder(runs=run.parent, release_id=run.name)
+            policy = release.own_policy(measurements)
     except QuantgateError as error:
         raise pytest.UsageError(str(error)) from error
     variants = _chosen_variants(config.getoption("--quantgate-variants"), policy)

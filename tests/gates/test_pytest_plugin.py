@@ -108,6 +108,16 @@ def test_the_policy_of_the_run_is_the_default(gates: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines([f"quantgate: {RUN}, policy passes*"])
 
 
+def test_a_policy_that_was_edited_in_the_run_is_a_usage_error(gates: pytest.Pytester) -> None:
+    run = gates.path / "my run"
+    shutil.copytree(RUN, run)
+    policy = run / "policy.yaml"
+    policy.write_text(policy.read_text(encoding="utf-8") + "# looser\n", encoding="utf-8")
+    result = gates.runpytest_inprocess("gates", "-p", "no:cacheprovider", f"--quantgate-run={run}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*policy.yaml: not the policy that was measured for*"])
+
+
 def test_no_run_is_a_usage_error_that_says_what_to_type(gates: pytest.Pytester) -> None:
     result = gates.runpytest_inprocess("gates", "-p", "no:cacheprovider")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
