@@ -28,11 +28,14 @@ def find_champion(
 ) -> Champion:
     """The serving variant when it was made from the same source, else the policy's champion.
 
+    What somebody brought does not say its source; it is the serving one's where `variants` has the
+    same bytes.
+
     Raises:
         ArtifactError: the serving variant's bytes changed since it was promoted.
         MeasurementError: nothing of this source serves, and the policy's champion was not built.
     """
-    serving = _serving(source, serving_config)
+    serving = _serving(source, variants, serving_config)
     if serving is not None:
         return serving
     if policy.champion not in variants:
@@ -48,13 +51,19 @@ def find_champion(
     )
 
 
-def _serving(source: SourceModel, path: Path) -> Champion | None:
+def _serving(source: SourceModel, variants: Mapping[str, Variant], path: Path) -> Champion | None:
     if not path.is_file():
         return None
     config = read_serving_config(path)
     if config.champion is None:
         return None
     folder = champion_folder(config, path)
+    for variant in variants.values():
+        digest = variant.manifest.artifact_sha256
+        if variant.manifest.source_sha256 is None and digest == config.champion.artifact_sha256:
+            return Champion(
+                name=config.champion.name, folder=variant.folder, artifact_sha256=digest
+            )
     if not (folder / "variant.json").is_file():
         return None
     manifest = read_manifest(folder)

@@ -85,6 +85,19 @@ def test_a_serving_variant_of_another_or_an_unknown_source_is_not_it(
     assert find_champion(policy, SOURCE, variants, serves(tmp_path, other)).name == "bf16"
 
 
+def test_what_somebody_brought_and_serves_is_it_where_the_policy_has_the_same_bytes(
+    tmp_path: Path, policy: Policy, variants: dict[str, Variant]
+) -> None:
+    brought = artifact(tmp_path / "int8", b"int8", source_sha256=None)
+    path = serves(tmp_path, brought)
+    # As it came, without a manifest of quantgate's.
+    (brought.folder / "variant.json").unlink()
+    found = find_champion(policy, SOURCE, variants | {"mine": brought}, path)
+    assert (found.name, found.folder) == ("int8", brought.folder)
+    assert found.artifact_sha256 == brought.manifest.artifact_sha256
+    assert find_champion(policy, SOURCE, variants, path).name == "bf16"
+
+
 def test_a_serving_variant_whose_bytes_changed_is_refused(
     tmp_path: Path, policy: Policy, variants: dict[str, Variant]
 ) -> None:
