@@ -23,11 +23,14 @@ LONGEST = (
     "tests/harness/drill/test_runner.py",
     *RELEASE,
     "tests/serve/test_engine_process.py",
-    "tests/serve/http/test_server.py",
     "tests/harness/quality/test_behaviour.py",
-    "tests/harness/test_server.py",
-    "tests/harness/drill/test_planted_processes.py",
     "tests/harness/quality/test_served.py",
+    "tests/harness/drill/test_planted_processes.py",
+    "tests/harness/variants/test_gptq.py",
+    "tests/serve/test_models.py",
+    "tests/serve/http/test_server.py",
+    "tests/harness/test_server.py",
+    "tests/serve/http/test_connection.py",
 )
 """Twenty seconds and more each: begun last, one worker would wait for the other."""
 

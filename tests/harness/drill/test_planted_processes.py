@@ -28,8 +28,10 @@ FAULTS = sorted(
 # What the server makes of a model is asked too: it takes known layers apart, and hooks with them.
 SCRIPT = """
 import json, sys
-from quantgate_serve import offline
-from quantgate_serve.decoder import build_decoder
+from quantgate_serve.imports import UNUSED_BY_MODELS, uncollected, without
+with without(*UNUSED_BY_MODELS), uncollected():
+    from quantgate_serve import offline
+    from quantgate_serve.decoder import build_decoder
 found = []
 for folder in sys.argv[1:]:
     loaded = offline.load_model(folder, device="cpu", dtype="float32")
