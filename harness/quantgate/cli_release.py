@@ -191,7 +191,8 @@ def judge(
     from quantgate.release import judge_stored
 
     other = load_policy(policy) if policy else None
-    _print_verdicts(judge_stored(release_folder(run), policy=other), as_json=as_json)
+    result = judge_stored(release_folder(run), policy=other)
+    _print_verdicts(result, as_json=as_json, other_policy=str(policy) if policy else None)
 
 
 @release_app.command()
@@ -215,7 +216,9 @@ def record(
     print_result(value, text, as_json=as_json)
 
 
-def _print_verdicts(result: ReleaseResult, *, as_json: bool) -> None:
+def _print_verdicts(
+    result: ReleaseResult, *, as_json: bool, other_policy: str | None = None
+) -> None:
     from quantgate.measurements_file import read_measurements
     from quantgate.report.divergence import divergence_table
     from quantgate.report.table import release_report
@@ -230,5 +233,8 @@ def _print_verdicts(result: ReleaseResult, *, as_json: bool) -> None:
         typer.echo(json.dumps(value | {"release": shown, "exit_code": code}, indent=2))
     else:
         divergence = divergence_table(read_measurements(result.folder.measurements))
-        open_console().print(release_report(result.decisions, run=shown, divergence=divergence))
+        report = release_report(
+            result.decisions, run=shown, divergence=divergence, other_policy=other_policy
+        )
+        open_console().print(report)
     raise typer.Exit(code)

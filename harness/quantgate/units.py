@@ -166,6 +166,11 @@ def parse_metric(text: str) -> MetricName:
             f'unknown metric section "{name.section}" in "{text}"; '
             f"expected one of {', '.join(SECTIONS)}{did_you_mean(name.section, SECTIONS)}"
         )
+    if name.is_percentile and (name.percentile == 0 or name.statistic == "p100"):
+        raise UnitError(
+            f'"{text}": a percentile lies between 0 and 100, as p50, p95 or p999 (99.9); '
+            "the largest is max"
+        )
     return name
 
 

@@ -142,10 +142,21 @@ def test_a_name_without_a_unit_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("metric", "percentile"),
-    [("perf/e2e_ms.p95", 95.0), ("perf/e2e_ms.p999", 99.9), ("perf/e2e_ms.mean", None)],
+    [
+        ("perf/e2e_ms.p1", 1.0),
+        ("perf/e2e_ms.p95", 95.0),
+        ("perf/e2e_ms.p999", 99.9),
+        ("perf/e2e_ms.mean", None),
+    ],
 )
 def test_percentiles_are_read_from_the_statistic(metric: str, percentile: float | None) -> None:
     assert parse_metric(metric).percentile == percentile
+
+
+@pytest.mark.parametrize("statistic", ["p0", "p00", "p000", "p100"])
+def test_the_ends_are_no_percentiles(statistic: str) -> None:
+    with pytest.raises(UnitError, match="the largest is max"):
+        parse_metric(f"perf/e2e_ms.{statistic}")
 
 
 @pytest.mark.parametrize(

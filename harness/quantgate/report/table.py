@@ -21,12 +21,17 @@ STYLES = {
 
 
 def release_report(
-    decisions: Sequence[Decision], *, run: str, divergence: RenderableType | None = None
+    decisions: Sequence[Decision],
+    *,
+    run: str,
+    divergence: RenderableType | None = None,
+    other_policy: str | None = None,
 ) -> RenderableType:
     """Everything a release prints at its end.
 
     Args:
         run: the release folder as a person types it.
+        other_policy: the file of the policy, if it is another than the one measured for.
         divergence: what is reported and not judged; see `divergence.py`.
     """
     return Group(
@@ -35,7 +40,7 @@ def release_report(
         *((divergence, Text()) if divergence else ()),
         *(decision_line(decision) for decision in decisions),
         Text(),
-        Text.assemble(("Next: ", "bold"), next_step(decisions, run=run)),
+        Text.assemble(("Next: ", "bold"), next_step(decisions, run=run, other_policy=other_policy)),
     )
 
 
@@ -121,10 +126,12 @@ def decision_line(decision: Decision) -> Text:
     return Text.assemble(("not approved  ", "bold red"), f"{decision.variant}  {reasons}")
 
 
-def next_step(decisions: Sequence[Decision], *, run: str) -> str:
+def next_step(decisions: Sequence[Decision], *, run: str, other_policy: str | None = None) -> str:
     """The command to type next. Of several approved variants the last one written in the policy is
     named: policies list candidates from the widest weights to the narrowest."""
     approved = [decision.variant for decision in decisions if decision.approved]
+    if approved and other_policy:
+        return f"quantgate release {other_policy}   (promoted is what was measured for a policy)"
     if approved:
         return f"quantgate promote {run} --variant {approved[-1]}"
     outcomes = {outcome for decision in decisions for outcome in decision.outcomes}

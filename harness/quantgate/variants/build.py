@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantgate.errors import ArtifactError, MeasurementError, UsageError
+from quantgate.errors import ArtifactError, MeasurementError, SourceError, UsageError
 from quantgate.files import fsync_folder, sha256_of_json, write_json
 from quantgate.variants.calibration import CalibrationSet
 from quantgate.variants.manifest import (
@@ -24,7 +24,7 @@ from quantgate.variants.manifest import (
     write_manifest,
 )
 from quantgate.variants.scheme import CALIBRATED_SCHEMES, SCHEMES, scheme_in_config
-from quantgate.variants.source import SourceModel
+from quantgate.variants.source import SourceModel, weight_files
 
 _TOOLS = {
     "bf16": ("torch", "safetensors"),
@@ -126,13 +126,17 @@ def adopt_variant(folder: Path, *, name: str, scheme: str) -> Variant:
     """Takes an artifact that the user brought; its own manifest is checked if it has one.
 
     Raises:
-        ArtifactError: not a model folder, pickle weights, bytes that differ from its manifest, or
-            another scheme than the policy names.
+        ArtifactError: not a model folder, pickle weights, an index that leads elsewhere, bytes that
+            differ from its manifest, or another scheme than the policy names.
     """
     if not (folder / "config.json").is_file():
         raise ArtifactError(f"{folder}: no config.json; expected a folder of safetensors.")
     if not any(folder.glob("*.safetensors")):
         raise ArtifactError(f"{folder}: no *.safetensors; pickle weights are refused.")
+    try:
+        weight_files(folder)
+    except SourceError as error:
+        raise ArtifactError(str(error)) from error
     if (folder / "variant.json").exists():
         manifest = read_manifest(folder)
         verify(folder, manifest)

@@ -101,14 +101,22 @@ def weight_files(folder: Path) -> list[Path]:
     (consolidated.safetensors), which nobody here loads.
 
     Raises:
-        SourceError: the index is broken, or names a file that is not there.
+        SourceError: the index is broken, or names a file that is not there, or elsewhere.
     """
     index = folder / INDEX_NAME
     if index.is_file():
         shards = _read_json_object(index).get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
             raise SourceError(f"{index}: no weight_map from tensors to files. Copy it again.")
-        paths = [folder / name for name in sorted(set(shards.values()))]
+        names = sorted(set(shards.values()))
+        # No digest of this folder covers what lies elsewhere. (A hub's cache links to its blobs.)
+        elsewhere = [n for n in names if Path(n).is_absolute() or ".." in Path(n).parts]
+        if elsewhere:
+            raise SourceError(
+                f"{index}: names {elsewhere[0]}, which lies outside the folder. "
+                "Copy it beside the others, and name it so."
+            )
+        paths = [folder / name for name in names]
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
             raise SourceError(

@@ -84,6 +84,13 @@ def test_the_next_step_fits_the_worst_that_happened(
     assert expected in next_step(decisions, run="runs/r1")
 
 
+def test_what_another_policy_approves_is_measured_for_it_before_it_is_promoted() -> None:
+    decisions = judged("passes")[1]
+    assert next_step(decisions, run="runs/r1", other_policy="p.yaml").startswith(
+        "quantgate release p.yaml"
+    )
+
+
 def test_the_next_step_after_only_inconclusive_is_more_samples() -> None:
     _, (_, int8) = judged("undecided")
     undecided = Decision(variant="int8", verdicts=int8.verdicts[:3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -206,3 +207,11 @@ def test_a_folder_that_is_no_model_is_not_adopted(
 def test_a_folder_that_does_not_exist_is_not_adopted(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"no config\.json"):
         adopt_variant(tmp_path / "nowhere", name="mine", scheme="bf16")
+
+
+def test_an_artifact_whose_index_leads_out_of_its_folder_is_not_adopted(model_folder: Path) -> None:
+    shutil.copy(model_folder / "model.safetensors", model_folder.parent / "other.safetensors")
+    index = {"weight_map": {"x": "../other.safetensors"}}
+    (model_folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(ArtifactError, match="lies outside the folder"):
+        adopt_variant(model_folder, name="mine", scheme="bf16")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,15 @@ def test_an_index_names_the_weights_and_what_it_names_must_be_there(model_folder
     assert "names b.safetensors, which the folder does not hold" in refusal(model_folder)
     index.write_text('{"weight_map": []}', encoding="utf-8")
     assert "no weight_map" in refusal(model_folder)
+
+
+@pytest.mark.parametrize("is_absolute", [False, True])
+def test_an_index_that_leads_out_of_the_folder_is_refused(
+    model_folder: Path, is_absolute: bool
+) -> None:
+    outside = model_folder.parent / "other.safetensors"
+    shutil.copy(model_folder / "model.safetensors", outside)
+    named = str(outside) if is_absolute else "../other.safetensors"
+    index = model_folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": named}}), encoding="utf-8")
+    assert f"names {named}, which lies outside the folder" in refusal(model_folder)
