@@ -83,12 +83,16 @@ def main(argv: list[str] | None = None) -> int:
         unused = ("torch",) if settings.engine_process else ()
         try:
             with without(*unused):
+                # Until what is imported and loaded is frozen: it makes no garbage worth a look.
+                gc.disable()
                 asyncio.run(_serve(settings, listener, arguments, keyring))
         except (ModelRefusedError, TracingUnavailableError) as error:
             return _refuse(error)
         except EngineStoppedError as error:
             logging.error("%s", error)
             return 1
+        finally:
+            gc.enable()
     return 0
 
 
@@ -105,8 +109,6 @@ async def _serve(
         ModelRefusedError: the engine cannot serve this model.
         EngineStoppedError: it died while loading, or too often.
     """
-    # Until what is imported and loaded here is frozen: it makes no garbage worth a look.
-    gc.disable()
     from quantgate_serve.client import EngineClient
     from quantgate_serve.engine_child import EngineThread, launch_process
     from quantgate_serve.tracing import Spans, export_to

@@ -569,3 +569,5 @@ def test_spans_cannot_be_asked_for_without_their_packages(
     options = ["--model", str(llama_folder), "--port", "0", "--device", "cpu"]
     assert main([*options, "--otlp-traces-endpoint", collector]) == 2
     assert "pip install 'quantgate[otel]'" in capsys.readouterr().err
+    # It rests while a server loads, and whoever called goes on.
+    assert gc.isenabled()
