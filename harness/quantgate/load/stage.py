@@ -100,10 +100,16 @@ def find_arm(folder: Path, candidate: str, *, is_champion: bool) -> MeasuredArm 
     """The blocks of a candidate; the champion's own where it had no arm beside the champion's."""
     for arm in (candidate, CHAMPION_ARM) if is_champion else (candidate,):
         if found := sorted(folder.glob(f"group-*/{arm}")):
-            # Most blocks: an earlier session may have begun with it in another group.
-            path = max(found, key=lambda path: len(list(path.glob("block-*.parquet"))))
+            # An earlier session may have begun with it in another group, or ended.
+            path = max(found, key=_num_blocks_and_age)
             return MeasuredArm(group=path.parent, arm=arm)
     return None
+
+
+def _num_blocks_and_age(arm: Path) -> tuple[int, int]:
+    """How many blocks there are, and when the last one was measured."""
+    times = [path.stat().st_mtime_ns for path in arm.glob("block-*.parquet")]
+    return len(times), max(times, default=0)
 
 
 def read_facts(folder: Path, arm: str, num_blocks: int) -> ArmFacts:

@@ -178,6 +178,14 @@ def test_an_arm_that_moved_to_another_group_is_not_paired_with_a_champion_of_ano
     assert len(read_arm(load / "group-1", "b", 3).blocks) == 3
 
 
+def test_an_arm_is_read_where_it_was_measured_last(measure: Measure, tmp_path: Path) -> None:
+    """What is left of other bytes, in a group that is whole without them, is not what is judged."""
+    measure("a", "b")
+    assert measure("a", "b", arms_together=2, digests={"b": "b" * 64}) == {}
+    load = tmp_path / "load"
+    assert names(find_arm(load, "b", is_champion=False)) == ("group-1", "b")
+
+
 def test_an_oom_of_an_earlier_session_is_not_forgotten(
     measure: Measure, pool: FakePool, fake_server: Callable[..., Any], tmp_path: Path
 ) -> None:
